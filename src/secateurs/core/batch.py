@@ -1,0 +1,123 @@
+"""What a batch is: the one place that knows how to feed a model and how to take its loss.
+
+A batch is a tensor (inputs), a tuple or list `(inputs, target)`, or a dict of keyword arguments as Hugging Face
+collators make them. Example inputs are a tensor, a tuple of positional arguments or a dict of keyword arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .errors import DataError
+
+__all__ = ["Loss", "call", "default_loss", "device_of", "leaves", "main_output", "move", "split", "take"]
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """`model` called on example inputs: a tensor, a tuple of positional arguments or a mapping of keywords."""
+    if isinstance(inputs, dict) or (hasattr(inputs, "keys") and hasattr(inputs, "__getitem__")):
+        return model(**dict(inputs))
+    if isinstance(inputs, tuple):
+        return model(*inputs)
+    return model(inputs)
+
+
+def split(batch: Any) -> tuple[Any, Any]:
+    """`(inputs, target)` of a batch; target is None where the batch has none, or carries it among its keywords."""
+    if isinstance(batch, (tuple, list)):
+        if len(batch) == 1:
+            return batch[0], None
+        if len(batch) == 2:
+            return batch[0], batch[1]
+        return tuple(batch[:-1]), batch[-1]
+    if hasattr(batch, "keys"):
+        return dict(batch), None
+    return batch, None
+
+
+def default_loss(output: Any, target: Any) -> Tensor:
+    """The output's own `.loss` if it has one, else cross-entropy for integer targets, mean squared error for others.
+
+    Raises:
+        DataError: there is neither a loss in the output nor a target.
+    """
+    own = getattr(output, "loss", None)
+    if own is None and isinstance(output, dict):
+        own = output.get("loss")
+    if own is not None:
+        return own
+    if target is None:
+        raise DataError("the loss needs labels: give batches as (inputs, target), or with `labels`, or pass loss=.")
+    logits = main_output(output)
+    if target.is_floating_point():
+        return F.mse_loss(logits, target)
+    return F.cross_entropy(logits.flatten(0, -2) if logits.dim() > 2 and target.dim() > 1 else logits, target.flatten())
+
+
+def main_output(output: Any) -> Tensor:
+    """The tensor that matters in a model's output: `.logits`, else the first floating-point tensor inside."""
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    for leaf in leaves(output):
+        if leaf.is_floating_point():
+            return leaf
+    raise DataError("the model's output contains no floating-point tensor.")
+
+
+def leaves(tree: Any) -> Iterator[Tensor]:
+    """All tensors inside nested tuples, lists, mappings and output dataclasses, in order."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif hasattr(tree, "items"):
+        for _, value in tree.items():
+            yield from leaves(value)
+    elif isinstance(tree, (tuple, list)):
+        for value in tree:
+            yield from leaves(value)
+    elif hasattr(tree, "__dict__"):
+        for value in vars(tree).values():
+            if isinstance(value, (Tensor, tuple, list, dict)):
+                yield from leaves(value)
+
+
+def move(tree: Any, device: torch.device | str) -> Any:
+    """`tree` with every tensor inside tuples, lists and mappings moved to `device`."""
+    if isinstance(tree, Tensor):
+        return tree.to(device)
+    if isinstance(tree, tuple):
+        return tuple(move(v, device) for v in tree)
+    if isinstance(tree, list):
+        return [move(v, device) for v in tree]
+    if hasattr(tree, "items"):
+        return {k: move(v, device) for k, v in tree.items()}
+    return tree
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter or buffer; the CPU if it has neither."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def take(data: Iterable[Any] | None, limit: int | None = None, what: str = "calibration data") -> list[Any]:
+    """The first `limit` batches of `data` as a list.
+
+    Raises:
+        DataError: there is no data, or it is empty.
+    """
+    if data is None:
+        raise DataError(f"this needs {what}: pass data=, an iterable of batches.")
+    batches = list(islice(data, limit))
+    if not batches:
+        raise DataError(f"the {what} is empty: at least one batch is needed.")
+    return batches

@@ -1,0 +1,233 @@
+"""Units: what can go. A group is a set of comparable units; one of them must always survive.
+
+Two kinds of group cover everything that lives in a model's tensors:
+`ChannelGroup` — positions of an atom (a width, a head, an expert) and every tensor axis that carries it, so that
+removing unit i removes slice i everywhere at once; `WeightGroup` — the entries (or blocks) of one weight tensor.
+Both can `lift` an elementwise saliency to unit scores and `spread` a decision over units to tensor masks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from .dims import Dim, index
+from .errors import OptionError
+
+__all__ = ["ChannelGroup", "Group", "Member", "Reduce", "WeightGroup", "combine", "normalized", "reduce_units"]
+
+Reduce = Literal["sum", "mean", "max"]
+
+
+class Group(Protocol):
+    """A set of comparable units."""
+
+    @property
+    def name(self) -> str:
+        """Unique within a model; the key of scores, counts and decisions."""
+
+    @property
+    def size(self) -> int:
+        """Number of units."""
+
+    @property
+    def kind(self) -> str:
+        """What a unit is: channel, head, weight, block …"""
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Qualified names of the parameters that carry the units, without repetition."""
+
+    def lift(self, saliency: Mapping[str, Tensor], reduce: Reduce = "sum") -> dict[str, Tensor]:
+        """Per tensor present in `saliency`, the reduction of its entries over each unit: float [size]."""
+
+    def spread(self, keep: Tensor) -> dict[str, Tensor]:
+        """Per tensor the bool mask, broadcastable to its shape, of the entries that stay; `keep` is bool [size]."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One tensor axis that carries the units of a group.
+
+    Args:
+        tensor: qualified name of a parameter or buffer.
+        axis: the axis, not negative.
+        dim: what the whole axis is made of; the group's atom occurs in it.
+        rank: number of axes of the tensor.
+        role: "out" where the units are produced (rows of a weight, bias, norm), "in" where they are contracted.
+    """
+
+    tensor: str
+    axis: int
+    dim: Dim
+    rank: int
+    role: Literal["out", "in"] = "out"
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Positions of one atom, coupled over every tensor axis in `members`."""
+
+    name: str
+    size: int
+    kind: str
+    members: tuple[Member, ...]
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(m.tensor for m in self.members))
+
+    def units_along(self, member: Member) -> Tensor:
+        """For each position of the member's axis the unit it belongs to: int64 [axis], -1 for none."""
+        return index(member.dim, self.name)
+
+    def lift(self, saliency: Mapping[str, Tensor], reduce: Reduce = "sum") -> dict[str, Tensor]:
+        """See `Group.lift`. A tensor that carries the group on two axes counts each entry once per axis."""
+        lifted: dict[str, Tensor] = {}
+        for member in self.members:
+            if member.tensor not in saliency:
+                continue
+            values = saliency[member.tensor].movedim(member.axis, 0).flatten(1)
+            units = self.units_along(member).to(values.device)
+            scores = reduce_units(values, units, self.size, reduce)
+            lifted[member.tensor] = lifted[member.tensor] + scores if member.tensor in lifted else scores
+        return lifted
+
+    def spread(self, keep: Tensor) -> dict[str, Tensor]:
+        """See `Group.spread`."""
+        masks: dict[str, Tensor] = {}
+        for member in self.members:
+            units = self.units_along(member).to(keep.device)
+            stays = torch.where(units >= 0, keep[units.clamp(min=0)], True)
+            mask = stays.view([-1 if axis == member.axis else 1 for axis in range(member.rank)])
+            masks[member.tensor] = masks[member.tensor] & mask if member.tensor in masks else mask
+        return masks
+
+
+@dataclass(frozen=True)
+class WeightGroup:
+    """Single entries, or `block`s of rows × columns, of one weight tensor seen as [shape[0], rest].
+
+    Edge blocks of a shape that does not divide are smaller.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    block: tuple[int, int] = (1, 1)
+
+    def __post_init__(self) -> None:
+        if min(self.block) < 1:
+            raise OptionError(f"block sizes must be positive, got {self.block} for {self.name}.")
+
+    @property
+    def kind(self) -> str:
+        return "weight" if self.block == (1, 1) else "block"
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Number of blocks down and across."""
+        rows, columns = self.matrix
+        return math.ceil(rows / self.block[0]), math.ceil(columns / self.block[1])
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """The shape as a matrix: rows, columns."""
+        rows = self.shape[0] if self.shape else 1
+        return rows, math.prod(self.shape[1:])
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.grid)
+
+    def units(self) -> Tensor:
+        """The unit of each entry: int64 [rows·columns]."""
+        rows, columns = self.matrix
+        down = torch.arange(rows) // self.block[0]
+        across = torch.arange(columns) // self.block[1]
+        return (down[:, None] * self.grid[1] + across[None, :]).flatten()
+
+    def lift(self, saliency: Mapping[str, Tensor], reduce: Reduce = "sum") -> dict[str, Tensor]:
+        """See `Group.lift`."""
+        if self.name not in saliency:
+            return {}
+        flat = saliency[self.name].flatten()
+        if self.block == (1, 1):
+            return {self.name: flat}
+        return {self.name: reduce_units(flat[:, None], self.units().to(flat.device), self.size, reduce)}
+
+    def spread(self, keep: Tensor) -> dict[str, Tensor]:
+        """See `Group.spread`."""
+        flat = keep if self.block == (1, 1) else keep[self.units().to(keep.device)]
+        return {self.name: flat.view(self.shape)}
+
+
+def reduce_units(values: Tensor, units: Tensor, size: int, reduce: Reduce = "sum") -> Tensor:
+    """Reduction of `values` [positions, …] over all entries whose position belongs to each unit: [size].
+
+    Args:
+        values: first axis is the position; reduced over the other axes.
+        units: int64 [positions], the unit of each position, negative for none.
+        size: number of units.
+        reduce: "sum", "mean" over the unit's entries, or "max". Sums are taken in float32 or wider.
+
+    Raises:
+        OptionError: an unknown reduction.
+    """
+    if reduce not in ("sum", "mean", "max"):
+        raise OptionError(f"reduce must be sum, mean or max, got {reduce!r}.")
+    wide = values.flatten(1).to(torch.promote_types(values.dtype, torch.float32))
+    inside = units >= 0
+    units = units[inside]
+    rows = wide[inside].amax(1) if reduce == "max" else wide[inside].sum(1)
+    if reduce == "max":
+        return rows.new_full((size,), -torch.inf).scatter_reduce(0, units, rows, "amax")
+    total = rows.new_zeros(size).index_add_(0, units, rows)
+    if reduce == "sum":
+        return total
+    entries = rows.new_zeros(size).index_add_(0, units, torch.full_like(rows, wide.shape[1]))
+    return total / entries.clamp(min=1)
+
+
+def normalized(scores: Tensor, how: str) -> Tensor:
+    """`scores` [units] on a scale that can be compared across groups (SPA, section 3).
+
+    Args:
+        how: "none", "sum", "mean", "max", "minmax" or "gaussian". A group whose divisor is zero keeps its scores.
+    """
+    match how:
+        case "none":
+            return scores
+        case "sum" | "mean" | "max":
+            divisor = {"sum": scores.sum, "mean": scores.mean, "max": scores.max}[how]()
+            return scores / divisor if divisor > 0 else scores
+        case "minmax":
+            return (scores - scores.min()) / (scores.max() - scores.min() + 1e-8)
+        case "gaussian":
+            return (scores - scores.mean()) / (scores.std(correction=0) + 1e-8)
+    raise OptionError(f"normalize must be none, sum, mean, max, minmax or gaussian, got {how!r}.")
+
+
+def combine(parts: Sequence[Tensor], how: Literal["sum", "mean", "max", "prod", "first"] = "mean") -> Tensor:
+    """One score per unit from its scores in each tensor: float [units] (SPA, section 3: R_out)."""
+    stacked = torch.stack([p.float() for p in parts])
+    match how:
+        case "sum":
+            return stacked.sum(0)
+        case "mean":
+            return stacked.mean(0)
+        case "max":
+            return stacked.amax(0)
+        case "prod":
+            return stacked.prod(0)
+        case "first":
+            return stacked[0]
+    raise OptionError(f"combine must be sum, mean, max, prod or first, got {how!r}.")
