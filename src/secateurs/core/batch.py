@@ -46,20 +46,24 @@ def split(batch: Any) -> tuple[Any, Any]:
 def default_loss(output: Any, target: Any) -> Tensor:
     """The output's own `.loss` if it has one, else cross-entropy for integer targets, mean squared error for others.
 
+    Classes are the last axis where the other axes are those of the target (tokens), else axis 1 (pixels).
+
     Raises:
         DataError: there is neither a loss in the output nor a target.
     """
     own = getattr(output, "loss", None)
     if own is None and isinstance(output, dict):
         own = output.get("loss")
-    if own is not None:
+    if isinstance(own, Tensor):
         return own
     if target is None:
         raise DataError("the loss needs labels: give batches as (inputs, target), or with `labels`, or pass loss=.")
     logits = main_output(output)
     if target.is_floating_point():
         return F.mse_loss(logits, target)
-    return F.cross_entropy(logits.flatten(0, -2) if logits.dim() > 2 and target.dim() > 1 else logits, target.flatten())
+    if logits.dim() <= 2 or logits.shape[:-1] == target.shape:
+        return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), target.flatten())
+    return F.cross_entropy(logits, target)
 
 
 def main_output(output: Any) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from .dims import Dim, atoms, size
 
-__all__ = ["CostModel", "Monomial"]
+__all__ = ["CostModel", "Monomial", "constant", "gather"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class CostModel:
         return out
 
     def unit(self, metric: str, group: str, sizes: Mapping[str, int]) -> float:
-        """What the removal of one unit of `group` saves while every other group is whole; `sizes` maps group to size."""
+        """What the removal of one unit of `group` saves while all others are whole; `sizes` maps group to size."""
         fewer = {group: sizes[group] - 1}
         touched = [m for m in self.metrics[metric] if any(a.name == group for d in m.dims for a in atoms(d))]
         return sum(m.value({}) - m.value(fewer) for m in touched)

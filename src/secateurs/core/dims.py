@@ -17,7 +17,21 @@ from torch import Tensor
 
 from .errors import OptionError
 
-__all__ = ["ONE", "Atom", "Concat", "Dim", "Fixed", "Product", "atoms", "concat", "index", "kept", "parse", "product", "size"]
+__all__ = [
+    "ONE",
+    "Atom",
+    "Concat",
+    "Dim",
+    "Fixed",
+    "Product",
+    "atoms",
+    "concat",
+    "index",
+    "kept",
+    "parse",
+    "product",
+    "size",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +230,7 @@ def _parse_factor(text: str, sizes: Mapping[str, int]) -> tuple[Dim, str]:
         return inner, rest[1:]
     end = next((i for i, c in enumerate(text) if c in "·+()"), len(text))
     token, rest = text[:end], text[end:]
-    if token.isdigit():
+    if token.isdecimal():
         return Fixed(int(token)), rest
     if token not in sizes:
         raise OptionError(f"cannot read dimension: {token!r} is no number and no known atom.")

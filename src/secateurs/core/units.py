@@ -92,7 +92,7 @@ class ChannelGroup:
         for member in self.members:
             if member.tensor not in saliency:
                 continue
-            values = saliency[member.tensor].movedim(member.axis, 0).flatten(1)
+            values = saliency[member.tensor].movedim(member.axis, 0)
             units = self.units_along(member).to(values.device)
             scores = reduce_units(values, units, self.size, reduce)
             lifted[member.tensor] = lifted[member.tensor] + scores if member.tensor in lifted else scores
@@ -184,7 +184,7 @@ def reduce_units(values: Tensor, units: Tensor, size: int, reduce: Reduce = "sum
     """
     if reduce not in ("sum", "mean", "max"):
         raise OptionError(f"reduce must be sum, mean or max, got {reduce!r}.")
-    wide = values.flatten(1).to(torch.promote_types(values.dtype, torch.float32))
+    wide = _as_matrix(values).to(torch.promote_types(values.dtype, torch.float32))
     inside = units >= 0
     units = units[inside]
     rows = wide[inside].amax(1) if reduce == "max" else wide[inside].sum(1)
@@ -197,23 +197,35 @@ def reduce_units(values: Tensor, units: Tensor, size: int, reduce: Reduce = "sum
     return total / entries.clamp(min=1)
 
 
+def _as_matrix(values: Tensor) -> Tensor:
+    return values.flatten(1) if values.dim() > 1 else values[:, None]
+
+
 def normalized(scores: Tensor, how: str) -> Tensor:
     """`scores` [units] on a scale that can be compared across groups (SPA, section 3).
 
     Args:
-        how: "none", "sum", "mean", "max", "minmax" or "gaussian". A group whose divisor is zero keeps its scores.
+        how: "none", "sum", "mean", "max", "minmax" or "gaussian". A group whose divisor is not positive
+            keeps its scores, since dividing would turn their order round or lose it.
     """
     match how:
         case "none":
             return scores
-        case "sum" | "mean" | "max":
-            divisor = {"sum": scores.sum, "mean": scores.mean, "max": scores.max}[how]()
-            return scores / divisor if divisor > 0 else scores
+        case "sum":
+            return _over(scores, scores.sum())
+        case "mean":
+            return _over(scores, scores.mean())
+        case "max":
+            return _over(scores, scores.max())
         case "minmax":
             return (scores - scores.min()) / (scores.max() - scores.min() + 1e-8)
         case "gaussian":
             return (scores - scores.mean()) / (scores.std(correction=0) + 1e-8)
     raise OptionError(f"normalize must be none, sum, mean, max, minmax or gaussian, got {how!r}.")
+
+
+def _over(scores: Tensor, divisor: Tensor) -> Tensor:
+    return scores / divisor if divisor > 0 else scores
 
 
 def combine(parts: Sequence[Tensor], how: Literal["sum", "mean", "max", "prod", "first"] = "mean") -> Tensor:

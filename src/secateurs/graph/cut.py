@@ -1,0 +1,182 @@
+"""A decision applied to a model: as zeros, or as a physical cut that is proven equal to the zeros."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.batch import call, device_of, move
+from ..core.dims import atoms, kept
+from ..core.errors import PlanError, ProofError
+from ..core.units import Group
+from .mend import apply_edits
+from .modules import MultiheadAttention
+from .structure import Structure, fingerprint, output_tensors
+from .twin import attention_swaps, named_tensors, twin
+
+__all__ = ["cut", "element_masks", "mask", "prove"]
+
+# Float32 sums in another order differ by about this much; a larger difference is judged again in float64.
+_QUICK = 1e-5
+_EXACT = 1e-8
+
+
+def element_masks(groups: Sequence[Group], keep: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """For each tensor in `shapes` that a decision touches, the bool mask of the entries that stay, in its full shape.
+
+    Args:
+        groups: what was decided on.
+        keep: bool [units] for each group; a group without one stays whole.
+    """
+    masks: dict[str, Tensor] = {}
+    for group in groups:
+        if group.name not in keep or bool(keep[group.name].all()):
+            continue
+        for name, stays in group.spread(keep[group.name]).items():
+            if name in shapes:
+                full = stays.expand(shapes[name])
+                masks[name] = masks[name] & full if name in masks else full
+    return {name: m.contiguous() for name, m in masks.items()}
+
+
+def mask(model: nn.Module, groups: Sequence[Group], keep: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of `model` in which every parameter entry of a removed unit is zero; buffers are untouched."""
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    masks = element_masks(groups, keep, shapes)
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        return twin(model, {name: own[name].detach() * m.to(own[name].device) for name, m in masks.items()})
+
+
+def cut(model: nn.Module, structure: Structure, keep: Mapping[str, Tensor]) -> nn.Module:
+    """A smaller copy of `model`: removed units are sliced out of every tensor, module integers follow.
+
+    Args:
+        structure: from `infer` on a model of the same shapes.
+        keep: bool [units] for each group; a group without one stays whole.
+
+    Raises:
+        PlanError: the structure belongs to a model of other names or shapes.
+    """
+    check_fits(model, structure)
+    counts = {name: int(m.sum()) for name, m in keep.items()}
+    sliced: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, tensor in named_tensors(model):
+            if name in structure.tensors:
+                sliced[name] = _sliced(tensor.detach(), [kept(d, keep) for d in structure.tensors[name]])
+    smaller = twin(model, sliced)
+    for path in attention_swaps(smaller):
+        attention = smaller.get_submodule(path)
+        if any(n.startswith(f"{path}." if path else "") and n in sliced for n in structure.tensors):
+            attention.__class__ = MultiheadAttention
+    apply_edits(smaller, structure.edits, counts)
+    return smaller
+
+
+def check_fits(model: nn.Module, structure: Structure) -> None:
+    """Refuse a model of other names or shapes than the structure was inferred from.
+
+    Raises:
+        PlanError: with the first tensor that differs.
+    """
+    if fingerprint(model) == structure.fingerprint:
+        return
+    shapes = {n: tuple(t.shape) for n, t in named_tensors(model)}
+    for name, dims in structure.tensors.items():
+        whole = tuple(kept(d, {}).numel() for d in dims)
+        if name not in shapes:
+            raise PlanError(f"this plan is for another model: it expects a tensor {name} of shape {list(whole)}.")
+        if shapes[name] != whole:
+            raise PlanError(
+                f"this plan is for another model: {name} has shape {list(shapes[name])}, the plan expects {list(whole)}."
+            )
+    raise PlanError("this plan is for another model: names or shapes of its tensors differ.")
+
+
+def _sliced(tensor: Tensor, keeps: Sequence[Tensor]) -> Tensor:
+    for axis, keep in enumerate(keeps):
+        if not bool(keep.all()):
+            tensor = tensor.index_select(axis, keep.nonzero().flatten().to(tensor.device))
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def prove(masked: nn.Module, smaller: nn.Module, example_inputs: Any) -> float:
+    """The largest difference between the two models' outputs, relative to the spread of the masked model's output.
+
+    Both run in evaluation mode on the same inputs. A float32 difference that rounding might not explain is judged in
+    float64, where the two must agree to 1e-8.
+
+    Raises:
+        ProofError: the outputs differ in number, in shape or in value.
+    """
+    error = _difference(masked, smaller, example_inputs)
+    if error <= _QUICK:
+        return error
+    error = _difference(_double(masked), _double(smaller), _double_tree(example_inputs))
+    if not error <= _EXACT:
+        raise ProofError(
+            f"the cut model and the masked original differ by {error:.2e} of the output's spread (allowed {_EXACT:.0e}); "
+            "the cut is not used. Please report this model; ignore= keeps the layers involved as they are."
+        )
+    return error
+
+
+def _difference(masked: nn.Module, smaller: nn.Module, inputs: Any) -> float:
+    wanted, got = _outputs(masked, inputs), _outputs(smaller, inputs)
+    if len(wanted) != len(got):
+        raise ProofError(f"the cut model returns {len(got)} tensors, the original {len(wanted)}.")
+    worst = 0.0
+    for a, b in zip(wanted, got, strict=True):
+        if a.shape != b.shape:
+            raise ProofError(f"the cut model returns shape {list(b.shape)}, the original {list(a.shape)}.")
+        if a.numel() and a.is_floating_point():
+            worst = max(worst, _relative(a.double(), b.double()))
+    return worst
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    finite = a.isfinite()
+    if not torch.equal(finite, b.isfinite()) or not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    a, b = a[finite], b[finite]
+    # The spread, not the size: a large constant output must not hide a difference.
+    spread = max(float((a - a.mean()).abs().max()), 1e-12 * float(a.abs().max()), 1e-30)
+    return float((a - b).abs().max()) / spread
+
+
+def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+    training = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            return [t.detach().clone() for t in output_tensors(call(model, move(inputs, device_of(model))))]
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+
+
+def _double(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).double()
+
+
+def _double_tree(inputs: Any) -> Any:
+    if isinstance(inputs, Tensor):
+        return inputs.double() if inputs.is_floating_point() else inputs
+    if isinstance(inputs, (tuple, list)):
+        return type(inputs)(_double_tree(v) for v in inputs)
+    if hasattr(inputs, "items"):
+        return {k: _double_tree(v) for k, v in inputs.items()}
+    return inputs
+
+
+def is_touched(structure: Structure, tensor: str, keep: Mapping[str, Tensor]) -> bool:
+    """Whether a decision changes the shape of a tensor."""
+    dims = structure.tensors.get(tensor, ())
+    return any(a.name in keep and not bool(keep[a.name].all()) for d in dims for a in atoms(d))

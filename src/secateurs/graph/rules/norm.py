@@ -1,0 +1,66 @@
+"""Normalisation: per channel it is neutral to zeroing, over channels it is not."""
+
+from __future__ import annotations
+
+from ...core.dims import Dim, Fixed, product, size
+from ..trace import Call, Type, rule
+
+__all__: list[str] = []
+
+
+def _affine(call: Call, dim: Dim, *names: str) -> bool:
+    """Unify the channel axis with that of the named parameters; whether all of them are parameters."""
+    tensors = [call.args.get(name) for name in names]
+    for tensor in tensors:
+        if tensor is not None:
+            call.trace.solver.unify(dim, call.type_of(tensor).dims[0], call.why)
+    return all(t is not None and call.type_of(t).zero for t in tensors)
+
+
+def _statistics(call: Call, dims: tuple[Dim, ...]) -> list[Type]:
+    """Types of the outputs after the first: statistics over `dims`, or nothing where the backend saves none."""
+    shape = tuple(size(d) for d in dims)
+    return [
+        Type(dims if tuple(t.shape) == shape else tuple(Fixed(n) for n in t.shape)) for t in call.outputs[1:]
+    ]
+
+
+@rule(
+    "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
+    "miopen_batch_norm", "_batch_norm_no_update", "_batch_norm_with_update", "batch_norm",
+)  # fmt: skip
+def batch_norm(call: Call) -> list[Type]:
+    """Each channel by itself: scale, shift and running statistics go with it."""
+    kind = call.types()[0]
+    zero = _affine(call, kind.dims[1], "weight", "bias")
+    _affine(call, kind.dims[1], "running_mean", "running_var")
+    return [Type(kind.dims, zero), *_statistics(call, (kind.dims[1],))]
+
+
+@rule("native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm")
+def layer_norm(call: Call) -> list[Type]:
+    """Mean and variance run over the normalised axes, so removal there differs from zeroing."""
+    kind = call.types()[0]
+    shape = call.args["normalized_shape"]
+    axes = kind.dims[len(kind.dims) - len(shape) :]
+    params = [call.args.get(name) for name in ("weight", "bias") if call.args.get(name) is not None]
+    for tensor in params:
+        for own, dim in zip(call.type_of(tensor).dims, axes, strict=True):
+            call.trace.solver.unify(own, dim, call.why)
+    for dim in axes:
+        call.trace.solver.entangle(dim, f"normalised over: {call.why}")
+    rest = _statistics(call, (*kind.dims[: len(kind.dims) - len(shape)], *([Fixed(1)] * len(shape))))
+    return [Type(kind.dims, bool(params) and all(call.type_of(t).zero for t in params)), *rest]
+
+
+@rule("native_group_norm", "group_norm")
+def group_norm(call: Call) -> list[Type]:
+    """Channels are groups × channels of a group; the statistics run over the second factor."""
+    kind = call.types()[0]
+    solver, channels = call.trace.solver, kind.dims[1]
+    group = int(call.args.get("group") or call.args["num_groups"])
+    within = solver.fresh(size(channels) // group)
+    solver.unify(channels, product(Fixed(group), within), call.why)
+    zero = _affine(call, channels, "weight", "bias")
+    solver.entangle(within, f"normalised over: {call.why}")
+    return [Type(kind.dims, zero), *_statistics(call, (kind.dims[0], Fixed(group)))]

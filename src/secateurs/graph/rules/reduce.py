@@ -1,0 +1,75 @@
+"""Reductions and ops that mix the positions of an axis."""
+
+from __future__ import annotations
+
+from ...core.dims import Dim, Fixed
+from ..trace import Call, Type, rule
+from .pointwise import fixed
+
+__all__: list[str] = []
+
+
+def _reduced(call: Call, kind: Type) -> list[int]:
+    rank = len(kind.dims)
+    named = call.args.get("dim")
+    if named is None or named == []:
+        return list(range(rank))
+    return [call.axis(d, rank) for d in (named if isinstance(named, (list, tuple)) else [named])]
+
+
+@rule(
+    "mean", "sum", "amax", "amin", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm", "prod", "logsumexp",
+    "any", "all", "max", "min", "argmax", "argmin", "median", "nansum",
+)  # fmt: skip
+def reduce(call: Call) -> list[Type]:
+    """Axes folded into one number. Only a sum of exact zeros does not notice what was removed."""
+    kind = call.types()[0]
+    if call.name in ("max", "min") and len(call.tensors()) > 1:
+        from .pointwise import pointwise
+
+        return pointwise(call)
+    axes = _reduced(call, kind)
+    neutral = call.name == "sum" and kind.zero
+    if not neutral:
+        for axis in axes:
+            call.trace.solver.entangle(kind.dims[axis], f"reduced over: {call.why}")
+    if call.name in ("argmax", "argmin", "max", "min", "median"):
+        call.freeze([kind.dims[a] for a in axes], f"positions are looked up: {call.why}")
+    keepdim = bool(call.args.get("keepdim"))
+    dims: list[Dim] = [Fixed(1) if i in axes else d for i, d in enumerate(kind.dims) if keepdim or i not in axes]
+    return [Type(tuple(dims), kind.zero) for _ in call.outputs]
+
+
+@rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax", "logcumsumexp")
+def softmax(call: Call) -> Type:
+    """Values of one axis normalised by their sum."""
+    kind = call.types()[0]
+    axis = call.axis(call.args["dim"], len(kind.dims))
+    call.trace.solver.entangle(kind.dims[axis], f"normalised over: {call.why}")
+    return Type(kind.dims)
+
+
+@rule("cumsum", "cumprod", "sort", "topk", "triu", "tril", "argsort", "cummax", "cummin")
+def ordered(call: Call) -> list[Type]:
+    """Positions are ordered along an axis, so it is fixed."""
+    kind = call.types()[0]
+    rank = len(kind.dims)
+    axes = [rank - 2, rank - 1] if call.name in ("triu", "tril") else [call.axis(call.args.get("dim", -1), rank)]
+    dims = call.freeze_axes(kind.dims, axes, f"ordered: {call.why}")
+    if call.name == "topk":
+        return [Type(tuple(Fixed(n) if i in axes else d for i, (d, n) in enumerate(zip(dims, t.shape, strict=True)))) for t in call.outputs]
+    return [Type(tuple(dims)) for _ in call.outputs]
+
+
+@rule("_local_scalar_dense", "item", "equal", "nonzero", "is_nonzero", "_assert_async")
+def read(call: Call) -> list[Type]:
+    """Python looks at values: what it does with them is not known."""
+    for kind in call.types():
+        call.freeze(kind.dims, f"values read by Python: {call.why}")
+    return fixed(call)
+
+
+@rule("sym_size", "sym_numel", "sym_stride", "is_same_size", "size", "stride", "dim")
+def shape_only(call: Call) -> list[Type]:
+    """Sizes are read, not values."""
+    return fixed(call)

@@ -1,0 +1,192 @@
+"""Views: axes are renamed, split, merged, joined or sliced; no value changes."""
+
+from __future__ import annotations
+
+from ...core.dims import Dim, Fixed, concat, product, size
+from ..trace import Call, Type, rule
+from .pointwise import fixed
+
+__all__: list[str] = []
+
+
+def _one(call: Call) -> tuple[Type, int]:
+    kind = call.type_of(call.args["self"])
+    return kind, len(kind.dims)
+
+
+def _view(kind: Type, order: list[int]) -> Type:
+    """`kind` with its axes in another order; knows that it is still a view of the parameter."""
+    axes = tuple(kind.axes[i] for i in order) if kind.param else ()
+    return Type(tuple(kind.dims[i] for i in order), kind.zero, kind.param, axes)
+
+
+@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten", "_reshape_copy", "view_copy")
+def reshape(call: Call) -> Type:
+    """Row-major reshape."""
+    kind, _ = _one(call)
+    shape = tuple(call.outputs[0].shape)
+    if tuple(size(d) for d in kind.dims) == shape:
+        return kind
+    return Type(tuple(call.trace.solver.reshape(kind.dims, shape, call.why)), kind.zero)
+
+
+@rule("t", "transpose", "permute", "numpy_T", "movedim", "transpose_copy", "permute_copy")
+def permute(call: Call) -> Type:
+    """Axes in another order."""
+    kind, rank = _one(call)
+    order = list(range(rank))
+    if call.name == "permute":
+        order = [call.axis(d, rank) for d in call.args["dims"]]
+    elif "dim0" in call.args:
+        a, b = call.axis(call.args["dim0"], rank), call.axis(call.args["dim1"], rank)
+        order[a], order[b] = order[b], order[a]
+    else:
+        order.reverse()
+    return _view(kind, order)
+
+
+@rule("unsqueeze")
+def unsqueeze(call: Call) -> Type:
+    """A new axis of one position."""
+    kind, rank = _one(call)
+    at = call.axis(call.args["dim"], rank + 1)
+    return Type((*kind.dims[:at], Fixed(1), *kind.dims[at:]), kind.zero)
+
+
+@rule("squeeze")
+def squeeze(call: Call) -> Type:
+    """Axes of one position dropped."""
+    kind, rank = _one(call)
+    named = call.args.get("dim", list(range(rank)))
+    axes = {call.axis(d, rank) for d in (named if isinstance(named, (list, tuple)) else [named])}
+    dims = tuple(d for i, d in enumerate(kind.dims) if not (i in axes and size(d) == 1))
+    return Type(dims, kind.zero)
+
+
+@rule("expand", "broadcast_to")
+def expand(call: Call) -> Type:
+    """Axes of one position repeated; how often is a number in the code, so it is fixed."""
+    kind, rank = _one(call)
+    shape = call.outputs[0].shape
+    new = len(shape) - rank
+    own = [Fixed(1)] * new + list(kind.dims)
+    return Type(tuple(d if size(d) == n else Fixed(n) for d, n in zip(own, shape, strict=True)), kind.zero)
+
+
+@rule("repeat", "tile")
+def repeat(call: Call) -> Type:
+    """Each axis repeated as a whole: the repetition is the slow factor."""
+    kind, rank = _one(call)
+    times = call.args["repeats"]
+    own = [Fixed(1)] * (len(times) - rank) + list(kind.dims)
+    return Type(tuple(product(Fixed(r), d) for r, d in zip(times, own, strict=True)), kind.zero)
+
+
+@rule("repeat_interleave")
+def repeat_interleave(call: Call) -> list[Type]:
+    """Each position repeated: the repetition is the fast factor. Data-dependent counts freeze the axis."""
+    kind, rank = _one(call)
+    if not isinstance(call.args.get("repeats"), int) or call.args.get("dim") is None:
+        call.freeze(kind.dims, f"repeated by data: {call.why}")
+        return fixed(call)
+    axis = call.axis(call.args["dim"], rank)
+    dims = list(kind.dims)
+    dims[axis] = product(dims[axis], Fixed(call.args["repeats"]))
+    return [Type(tuple(dims), kind.zero)]
+
+
+@rule("cat", "concat", "concatenate")
+def cat(call: Call) -> Type:
+    """One axis joined, the others one."""
+    kinds = [k for k, t in zip(call.types(), call.tensors(), strict=True) if t.numel() or t.dim() > 1]
+    axis = call.axis(call.args["dim"], len(kinds[0].dims))
+    dims: list[Dim] = []
+    for i in range(len(kinds[0].dims)):
+        along = [k.dims[i] for k in kinds]
+        dims.append(concat(*along) if i == axis else call.trace.solver.unify_all(along, call.why))
+    return Type(tuple(dims), all(k.zero for k in kinds))
+
+
+@rule("stack")
+def stack(call: Call) -> Type:
+    """A new axis over the operands; all their axes are one."""
+    kinds = call.types()
+    at = call.axis(call.args["dim"], len(kinds[0].dims) + 1)
+    dims = [call.trace.solver.unify_all([k.dims[i] for k in kinds], call.why) for i in range(len(kinds[0].dims))]
+    dims.insert(at, Fixed(len(kinds)))
+    return Type(tuple(dims), all(k.zero for k in kinds))
+
+
+@rule("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk")
+def split(call: Call) -> list[Type]:
+    """One axis cut into consecutive parts."""
+    kind, rank = _one(call)
+    axis = call.axis(call.args["dim"], rank)
+    out, start = [], 0
+    for tensor in call.outputs:
+        stop = start + tensor.shape[axis]
+        part = call.trace.solver.cut_at(kind.dims[axis], start, stop, call.why)
+        dims = (*kind.dims[:axis], part, *kind.dims[axis + 1 :])
+        out.append(Type(dims, kind.zero, kind.param, kind.axes))
+        start = stop
+    return out
+
+
+@rule("slice", "narrow")
+def slice_(call: Call) -> Type:
+    """A range of one axis. A step other than one fixes it."""
+    kind, rank = _one(call)
+    axis = call.axis(call.args["dim"], rank)
+    n, length = size(kind.dims[axis]), call.outputs[0].shape[axis]
+    start = call.args.get("start") or 0
+    start = min(max(start + n if start < 0 else start, 0), n)
+    if call.args.get("step", 1) != 1:
+        call.freeze([kind.dims[axis]], f"sliced with a step: {call.why}")
+        part: Dim = Fixed(length)
+    else:
+        part = call.trace.solver.cut_at(kind.dims[axis], start, start + length, call.why)
+    dims = (*kind.dims[:axis], part, *kind.dims[axis + 1 :])
+    return Type(dims, kind.zero, kind.param, kind.axes)
+
+
+@rule("select", "unbind")
+def select(call: Call) -> list[Type]:
+    """One position of an axis: its number is in the code, so the axis is fixed."""
+    kind, rank = _one(call)
+    axis = call.axis(call.args["dim"], rank)
+    call.freeze([kind.dims[axis]], f"indexed at a fixed position: {call.why}")
+    dims = (*kind.dims[:axis], *kind.dims[axis + 1 :])
+    return [Type(dims, kind.zero) for _ in call.outputs]
+
+
+@rule("constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d", "pad")
+def pad(call: Call) -> Type:
+    """Positions added at the ends of the last axes; how many is a number in the code, so they are fixed."""
+    kind, rank = _one(call)
+    amounts = list(call.args.get("pad") or call.args["padding"])
+    dims = list(kind.dims)
+    for i in range(len(amounts) // 2):
+        axis, (low, high) = rank - 1 - i, amounts[2 * i : 2 * i + 2]
+        if call.name != "constant_pad_nd" or min(low, high) < 0:
+            if (low, high) != (0, 0):
+                call.freeze([dims[axis]], f"padded from its own values: {call.why}")
+                dims[axis] = Fixed(size(dims[axis]) + low + high)
+        else:
+            dims[axis] = concat(Fixed(low), dims[axis], Fixed(high))
+    return Type(tuple(dims), kind.zero and not call.args.get("value"))
+
+
+@rule("flip", "roll")
+def reorder(call: Call) -> Type:
+    """Positions of some axes moved about: those axes are fixed."""
+    kind, rank = _one(call)
+    axes = [call.axis(d, rank) for d in call.args["dims"]] or list(range(rank))
+    return Type(tuple(call.freeze_axes(kind.dims, axes, f"reordered: {call.why}")), kind.zero)
+
+
+@rule("view_as_complex", "view_as_real", "as_strided", "diagonal", "unfold", "im2col", "pixel_shuffle", "pixel_unshuffle")
+def opaque(call: Call) -> list[Type]:
+    """Views that are not followed: everything they touch is fixed."""
+    for kind in call.types():
+        call.freeze(kind.dims)
+    return fixed(call)

@@ -1,0 +1,369 @@
+"""What of a model can go, found from one run of it: coupled groups, costs, and the integers to mend after a cut."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.batch import call, device_of, move
+from ..core.cost import CostModel, Monomial, gather
+from ..core.dims import Atom, Concat, Dim, Fixed, Product, atoms, parse, size
+from ..core.errors import FileError, ModelError
+from ..core.units import ChannelGroup, Member
+from . import rules as _rules  # noqa: F401  (registers the rules)
+from .mend import leaf_edits
+from .rehearse import rehearse
+from .trace import Trace, Tracer, running
+from .twin import meta_twin, named_tensors, shared_twin
+
+__all__ = ["DEFAULT_KINDS", "KINDS", "Frozen", "Structure", "fingerprint", "infer"]
+
+KINDS = ("channel", "head", "head-size")
+DEFAULT_KINDS = ("channel", "head")
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A width that stays as it is.
+
+    Args:
+        tensor, axis: where it was met first.
+        size: number of positions.
+        reason: why it stays, with the op and the module that decided it.
+    """
+
+    tensor: str
+    axis: int
+    size: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The shape algebra's result: data, independent of the model object.
+
+    Args:
+        groups: what can go, in the order of the forward pass.
+        tensors: for each parameter and buffer that a cut can change, what each axis is made of.
+        edits: for each module integer (`path.attribute` or `path.attribute[i]`) the dimension it must equal.
+        costs: parameters, MACs (for the example inputs) and bytes as functions of the units kept.
+        frozen: the widths that stay, and why.
+        unknown: ops without a rule and a module that calls each.
+        fingerprint: of the model's tensor names and shapes.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    tensors: Mapping[str, tuple[Dim, ...]]
+    edits: Mapping[str, Dim]
+    costs: CostModel
+    frozen: tuple[Frozen, ...]
+    unknown: Mapping[str, str]
+    fingerprint: str
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of units of each group."""
+        return {g.name: g.size for g in self.groups}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The structure as plain JSON values; dimension types in their notation."""
+        return {
+            "fingerprint": self.fingerprint,
+            "groups": [_group_to_dict(g) for g in self.groups],
+            "tensors": {name: [str(d) for d in dims] for name, dims in self.tensors.items()},
+            "edits": {key: str(dim) for key, dim in self.edits.items()},
+            "costs": {
+                metric: [[m.coefficient, [str(d) for d in m.dims], m.source] for m in monomials]
+                for metric, monomials in self.costs.metrics.items()
+            },
+            "frozen": [[f.tensor, f.axis, f.size, f.reason] for f in self.frozen],
+            "unknown": dict(self.unknown),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Structure:
+        """The structure that `to_dict` wrote.
+
+        Raises:
+            FileError: a field is missing or of the wrong form.
+        """
+        try:
+            sizes = {g["name"]: g["size"] for g in data["groups"]}
+            return cls(
+                groups=tuple(_group_from_dict(g, sizes) for g in data["groups"]),
+                tensors={n: tuple(parse(d, sizes) for d in dims) for n, dims in data["tensors"].items()},
+                edits={k: parse(d, sizes) for k, d in data["edits"].items()},
+                costs=CostModel(
+                    {
+                        metric: tuple(Monomial(c, tuple(parse(d, sizes) for d in dims), s) for c, dims, s in monomials)
+                        for metric, monomials in data["costs"].items()
+                    }
+                ),
+                frozen=tuple(Frozen(*f) for f in data["frozen"]),
+                unknown=dict(data["unknown"]),
+                fingerprint=data["fingerprint"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileError(f"the structure of this plan cannot be read: {error}.") from error
+
+
+def _group_to_dict(group: ChannelGroup) -> dict[str, Any]:
+    members = [[m.tensor, m.axis, str(m.dim), m.rank, m.role] for m in group.members]
+    return {"name": group.name, "size": group.size, "kind": group.kind, "members": members}
+
+
+def _group_from_dict(data: Mapping[str, Any], sizes: Mapping[str, int]) -> ChannelGroup:
+    members = tuple(Member(t, a, parse(d, sizes), rank, role) for t, a, d, rank, role in data["members"])
+    return ChannelGroup(data["name"], data["size"], data["kind"], members)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A digest of the names and shapes of a model's parameters and buffers: equal for models a plan fits."""
+    text = ";".join(sorted(f"{name}{tuple(t.shape)}" for name, t in named_tensors(model)))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def infer(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    kinds: Iterable[str] = DEFAULT_KINDS,
+    entangled: bool = False,
+) -> Structure:
+    """What of `model` can go, from one run on `example_inputs`; the model is not changed.
+
+    Args:
+        model: any module whose forward runs on the example inputs.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keywords.
+        kinds: which units to offer: "channel", "head", "head-size".
+        entangled: also offer widths whose removal differs from zeroing, such as one a layer norm runs over.
+
+    Raises:
+        ModelError: the model does not run on these inputs.
+    """
+    trace, real = trace_model(model, example_inputs)
+    _freeze_deselected(trace, frozenset(kinds), entangled)
+    trace.edits.update(leaf_edits(model, {n: k.dims for n, k in trace.params.items()}, trace.edits))
+    rehearse(model, example_inputs, trace, real=real)
+    return _reify(model, trace)
+
+
+def trace_model(model: nn.Module, example_inputs: Any) -> tuple[Trace, bool]:
+    """The trace of one run, and whether it had to run on real tensors instead of shapes only.
+
+    Raises:
+        ModelError: the model does not run on these inputs.
+    """
+    try:
+        return _traced(meta_twin(model), example_inputs, "meta"), False
+    except Exception:  # noqa: BLE001  (whatever Python raises on shapes alone, the real run decides)
+        pass_device = device_of(model)
+    try:
+        return _traced(shared_twin(model), example_inputs, pass_device), True
+    except Exception as error:
+        raise ModelError(
+            f"the model does not run on the example inputs ({_shapes(example_inputs)}): {type(error).__name__}: {error}"
+        ) from error
+
+
+def _traced(twin: nn.Module, inputs: Any, device: torch.device | str) -> Trace:
+    names = {id(t): name for name, t in named_tensors(twin)}
+    with running(twin) as module:
+        tracer = Tracer(names, module)
+        placed = place(inputs, device)
+        with tracer:
+            output = call(twin, placed)
+    for tensor in output_tensors(output):
+        for dim in tracer.type_of(tensor).dims:
+            tracer.trace.solver.freeze(dim, "an axis of the model's output")
+    return tracer.trace
+
+
+def place(inputs: Any, device: torch.device | str) -> Any:
+    """`inputs` on `device`; for the meta device integers stay real, since Python code may ask for their values."""
+    if str(device) != "meta":
+        return move(inputs, device)
+    if isinstance(inputs, Tensor):
+        return inputs.to("meta") if inputs.is_floating_point() or inputs.is_complex() else inputs.cpu()
+    if isinstance(inputs, (tuple, list)):
+        return type(inputs)(place(v, device) for v in inputs)
+    if hasattr(inputs, "items"):
+        return {k: place(v, device) for k, v in inputs.items()}
+    return inputs
+
+
+def output_tensors(output: Any) -> list[Tensor]:
+    """The tensors of a model's output that a caller sees; caches of attention layers are not among them."""
+    if isinstance(output, Tensor):
+        return [output]
+    if hasattr(output, "items"):
+        return [t for k, v in output.items() if k != "past_key_values" for t in output_tensors(v)]
+    if isinstance(output, (tuple, list)):
+        return [t for v in output for t in output_tensors(v)]
+    if hasattr(output, "__dataclass_fields__"):
+        return [t for v in vars(output).values() for t in output_tensors(v)]
+    return []
+
+
+def _shapes(inputs: Any) -> str:
+    if isinstance(inputs, Tensor):
+        return f"tensor {list(inputs.shape)}"
+    if hasattr(inputs, "items"):
+        return ", ".join(f"{k}: {_shapes(v)}" for k, v in inputs.items())
+    if isinstance(inputs, (tuple, list)):
+        return ", ".join(_shapes(v) for v in inputs)
+    return type(inputs).__name__
+
+
+def _freeze_deselected(trace: Trace, kinds: frozenset[str], entangled: bool) -> None:
+    solver = trace.solver
+    kind_of = _kinds(trace)
+    tangled: dict[str, str] = {}
+    for name, why in solver.entangled.items():
+        for atom in atoms(solver.resolve(Atom(name, 2))):
+            tangled.setdefault(atom.name, why)
+    live = {a.name: a for k in trace.params.values() for d in k.dims for a in atoms(solver.resolve(d))}
+    for atom in live.values():
+        kind = kind_of.get(atom.name, "channel")
+        if kind not in kinds:
+            solver.freeze(atom, f"a {kind} unit, and only {', '.join(sorted(kinds))} were asked for")
+        elif atom.name in tangled and not entangled:
+            solver.freeze(atom, f"removing differs from zeroing: {tangled[atom.name]}")
+    for kind_ in trace.params.values():
+        for dim in kind_.dims:
+            _freeze_squares(trace, solver.resolve(dim))
+
+
+def _freeze_squares(trace: Trace, dim: Dim) -> None:
+    """An atom that occurs in two factors of one product would be cut along a diagonal cross: not supported."""
+    match dim:
+        case Concat(parts):
+            for part in parts:
+                _freeze_squares(trace, part)
+        case Product(factors):
+            seen: set[str] = set()
+            for factor in factors:
+                names = {a.name for a in atoms(factor)}
+                for atom in atoms(factor):
+                    if atom.name in seen:
+                        trace.solver.freeze(atom, "it is flattened with itself")
+                seen |= names
+
+
+def _kinds(trace: Trace) -> dict[str, str]:
+    """Heads are what attention batches over; head sizes are what it contracts or passes within a head."""
+    kinds: dict[str, str] = {}
+    heads = {a.name for d in trace.heads for a in atoms(trace.solver.resolve(d))}
+    for dim in trace.head_sizes:
+        for atom in atoms(trace.solver.resolve(dim)):
+            kinds[atom.name] = "head-size"
+    kinds.update(dict.fromkeys(heads, "head"))
+    return kinds
+
+
+def _reify(model: nn.Module, trace: Trace) -> Structure:
+    solver = trace.solver
+    resolved = {name: tuple(solver.resolve(d) for d in kind.dims) for name, kind in trace.params.items()}
+    kind_of = _kinds(trace)
+    parameters = {name for name, _ in model.named_parameters()}
+    names = _names(resolved, trace, parameters)
+    for name, dims in resolved.items():
+        for axis, dim in enumerate(dims):
+            for atom in atoms(dim):
+                if atom.name not in names:
+                    solver.freeze(atom, f"no layer produces it, only {name} consumes it on axis {axis}")
+    rename = _Renamer(solver, names)
+    tensors = {name: tuple(rename(d) for d in kind.dims) for name, kind in trace.params.items()}
+    groups = _groups(tensors, trace, {names[k]: v for k, v in kind_of.items() if k in names})
+    live = {g.name for g in groups}
+    return Structure(
+        groups=groups,
+        tensors={n: dims for n, dims in tensors.items() if any(True for d in dims for _ in atoms(d))},
+        edits={k: rename(d) for k, d in trace.edits.items() if any(a.name in live for a in atoms(rename(d)))},
+        costs=_costs(model, trace, tensors, rename),
+        frozen=_frozen(trace, tensors),
+        unknown=dict(trace.unknown),
+        fingerprint=fingerprint(model),
+    )
+
+
+class _Renamer:
+    """Resolves a dimension and gives its atoms their public names."""
+
+    def __init__(self, solver: Any, names: Mapping[str, str]) -> None:
+        self._solver, self._names = solver, names
+
+    def __call__(self, dim: Dim) -> Dim:
+        resolved = self._solver.resolve(dim)
+        text_sizes = {a.name: a.n for a in atoms(resolved)}
+        return _renamed(resolved, self._names) if text_sizes else resolved
+
+
+def _renamed(dim: Dim, names: Mapping[str, str]) -> Dim:
+    match dim:
+        case Atom(name, n):
+            return Atom(names.get(name, name), n)
+        case Product(factors):
+            return Product(tuple(_renamed(f, names) for f in factors))
+        case Concat(parts):
+            return Concat(tuple(_renamed(p, names) for p in parts))
+    return dim
+
+
+def _names(resolved: Mapping[str, tuple[Dim, ...]], trace: Trace, parameters: set[str]) -> dict[str, str]:
+    """A public name for each atom: the module that first produces it, numbered where one module produces several."""
+    names: dict[str, str] = {}
+    taken: dict[str, int] = {}
+    for tensor, dims in resolved.items():
+        for axis, dim in enumerate(dims):
+            if (tensor, axis) in trace.contracted or tensor not in parameters:
+                continue
+            for atom in atoms(dim):
+                if atom.name not in names:
+                    base = tensor.rpartition(".")[0] or tensor
+                    taken[base] = taken.get(base, 0) + 1
+                    names[atom.name] = base if taken[base] == 1 else f"{base}#{taken[base]}"
+    return names
+
+
+def _groups(
+    tensors: Mapping[str, tuple[Dim, ...]], trace: Trace, kind_of: Mapping[str, str]
+) -> tuple[ChannelGroup, ...]:
+    members: dict[str, list[Member]] = {}
+    sizes: dict[str, int] = {}
+    for tensor, dims in tensors.items():
+        for axis, dim in enumerate(dims):
+            role = "in" if (tensor, axis) in trace.contracted else "out"
+            for atom in {a.name: a for a in atoms(dim)}.values():
+                sizes[atom.name] = atom.n
+                members.setdefault(atom.name, []).append(Member(tensor, axis, dim, len(dims), role))  # type: ignore[arg-type]
+    return tuple(ChannelGroup(n, sizes[n], kind_of.get(n, "channel"), tuple(m)) for n, m in members.items())
+
+
+def _costs(model: nn.Module, trace: Trace, tensors: Mapping[str, tuple[Dim, ...]], rename: _Renamer) -> CostModel:
+    params, total_bytes = [], []
+    for name, tensor in named_tensors(model):
+        dims = tensors.get(name, tuple(Fixed(n) for n in tensor.shape))
+        if isinstance(tensor, nn.Parameter):
+            params.append(Monomial(1, dims, name))
+        total_bytes.append(Monomial(tensor.element_size(), dims, name))
+    macs = gather(Monomial(1, tuple(rename(d) for d in dims), source) for dims, source in trace.macs)
+    return CostModel({"params": tuple(params), "macs": macs, "bytes": tuple(total_bytes)})
+
+
+def _frozen(trace: Trace, tensors: Mapping[str, tuple[Dim, ...]]) -> tuple[Frozen, ...]:
+    """One entry a frozen width, at the first parameter that produces it."""
+    out: dict[str, Frozen] = {}
+    for name, kind in trace.params.items():
+        for axis, dim in enumerate(kind.dims):
+            if not isinstance(dim, Atom) or any(True for _ in atoms(tensors[name][axis])):
+                continue
+            why = trace.solver.reason(dim.name)
+            if why and not why.startswith("spatial") and (name, axis) not in trace.contracted:
+                out.setdefault(f"{size(dim)} {why}", Frozen(name, axis, size(dim), why))
+    return tuple(out.values())

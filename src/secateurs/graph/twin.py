@@ -1,0 +1,73 @@
+"""Copies of a model that own other tensors: on the meta device, sliced, or masked. The original is never touched."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .modules import MultiheadAttention
+
+__all__ = ["attention_swaps", "meta_twin", "named_tensors", "shared_twin", "twin"]
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by qualified name; a tied tensor once, under its first name."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def twin(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A deep copy of `model` in which `tensors` (by qualified name) stand in for its own, which are not copied.
+
+    Tensors without a replacement are copied. Ties survive. The copy keeps flags, attributes and hooks.
+    """
+    memo: dict[int, object] = {}
+    for name, own in named_tensors(model):
+        if name in tensors:
+            new = tensors[name]
+            memo[id(own)] = nn.Parameter(new, requires_grad=own.requires_grad) if isinstance(own, nn.Parameter) else new
+    return copy.deepcopy(model, memo)
+
+
+def meta_twin(model: nn.Module, shapes: Mapping[str, torch.Size] | None = None) -> nn.Module:
+    """A copy of `model` in evaluation mode with floating-point tensors on the meta device, `shapes` overriding theirs.
+
+    Integer and boolean tensors stay real (and keep their shape), since Python code may ask for their values.
+    """
+    shapes = shapes or {}
+
+    def stand_in(name: str, tensor: Tensor) -> Tensor:
+        shape = shapes.get(name, tensor.shape)
+        if tensor.is_floating_point() or tensor.is_complex() or isinstance(tensor, nn.Parameter):
+            return torch.empty(shape, dtype=tensor.dtype, device="meta")
+        return tensor.detach().clone()
+
+    return _prepared(twin(model, _replace(model, stand_in)))
+
+
+def shared_twin(model: nn.Module) -> nn.Module:
+    """A copy of `model` in evaluation mode that shares its parameters and owns its buffers."""
+
+    def stand_in(name: str, tensor: Tensor) -> Tensor:
+        return tensor.detach() if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
+
+    return _prepared(twin(model, _replace(model, stand_in)))
+
+
+def _replace(model: nn.Module, stand_in: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return {name: stand_in(name, tensor) for name, tensor in named_tensors(model)}
+
+
+def _prepared(model: nn.Module) -> nn.Module:
+    for path in attention_swaps(model):
+        model.get_submodule(path).__class__ = MultiheadAttention
+    return model.eval()
+
+
+def attention_swaps(model: nn.Module) -> tuple[str, ...]:
+    """Paths of the modules whose Python code hard-wires head sizes and is replaced by an equal one that does not."""
+    return tuple(path for path, module in model.named_modules() if type(module) is nn.MultiheadAttention)

@@ -1,0 +1,60 @@
+"""Batch-norm statistics for the weights that a pruned model has now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.batch import call, device_of, move, split, take
+from .context import modes_kept
+
+__all__ = ["recalibrate_batch_norm"]
+
+
+@torch.no_grad()
+def recalibrate_batch_norm(model: nn.Module, data: Iterable[Any], *, batches: int | None = None) -> int:
+    """The number of batch norms whose running mean and variance were replaced by their average over `data`.
+
+    Every batch counts alike (a cumulative average, not an exponential one). Only these statistics change: weights,
+    momentum and training flags are as before, dropout is off meanwhile, and an error in a forward pass leaves the old
+    statistics. A model without batch norm with running statistics returns 0, and its data is not read.
+
+    Args:
+        model: changed in place.
+        data: batches as in `core.batch`; labels are not needed.
+        batches: at most this many; None for all.
+
+    Raises:
+        DataError: there is no batch.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+    if not norms:
+        return 0
+    chosen = take(data, batches)
+    before = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
+    momenta = [norm.momentum for norm in norms]
+    try:
+        with modes_kept(model):
+            model.eval()
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None
+                norm.training = True
+            for batch in chosen:
+                call(model, move(split(batch)[0], device_of(model)))
+    except BaseException:
+        for norm, buffers in zip(norms, before, strict=True):
+            _restore(norm, buffers)
+        raise
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+    return len(norms)
+
+
+def _restore(norm: nn.Module, buffers: dict[str, Tensor]) -> None:
+    for name, buffer in norm.named_buffers():
+        buffer.copy_(buffers[name])

@@ -1,0 +1,113 @@
+"""Which parameters a weight pruner may touch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from ..core.errors import ModelError, unknown_name
+
+__all__ = ["canonical_names", "prunable_weights"]
+
+_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+# Hugging Face's GPT-2 layer, a Linear with a transposed weight; known by name so that transformers is not imported.
+_LAYER_NAMES = ("Conv1D",)
+# LayerNorm, LlamaRMSNorm, BatchNormAct2d …, but not a NormalizedEmbedding.
+_NORM_NAME = re.compile(r"Norm(?!al)")
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+
+def prunable_weights(
+    model: nn.Module, scope: str | Sequence[str] | None = None, ignore: str | Sequence[str] = ()
+) -> dict[str, nn.Parameter]:
+    """The weights to prune by qualified name, in the model's order; a tied parameter occurs once, by its first name.
+
+    Weights of layers are those with two or more axes that belong to a convolution, a linear or bilinear layer, an
+    attention or a recurrent layer. Biases and the parameters of norms are never among them.
+
+    Args:
+        model: any module.
+        scope: patterns (`*`, `?`, `[…]`, matched against the whole qualified name of a parameter or of the module that
+            owns it); None for all weights of layers. A pattern that matches weights of layers chooses those; one that
+            matches none of them chooses any other parameter with two or more axes: an embedding, an expert, a
+            position table.
+        ignore: patterns of the same kind for weights to leave out.
+
+    Raises:
+        OptionError: a pattern that matches nothing; the nearest names are listed.
+        ModelError: nothing is left to prune, or a chosen parameter has no shape yet.
+    """
+    found = dict(_candidates(model))
+    layers = [name for name, is_layer in found.items() if is_layer]
+    others = [name for name, is_layer in found.items() if not is_layer]
+    aliases = _aliases(model)
+    chosen = set(layers)
+    if scope is not None:
+        chosen = {name for pattern in _patterns(scope) for name in _matching(pattern, layers, others, aliases)}
+    chosen -= {name for pattern in _patterns(ignore) for name in _matching(pattern, layers, others, aliases)}
+    weights = {name: parameter for name, parameter in model.named_parameters() if name in chosen}
+    if not weights:
+        raise ModelError(
+            f"nothing to prune in {type(model).__name__}: no convolution, linear, attention or recurrent weight "
+            "is in the scope; widen scope= or shorten ignore=."
+        )
+    for name, parameter in weights.items():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ModelError(f"{name} has no shape yet: run one forward before pruning a model with lazy layers.")
+    return weights
+
+
+def canonical_names(model: nn.Module) -> dict[str, str]:
+    """For every qualified parameter name the first name of the same parameter; they differ where weights are tied."""
+    first: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: first.setdefault(id(parameter), name) for name, parameter in named}
+
+
+def _candidates(model: nn.Module) -> Iterable[tuple[str, bool]]:
+    """First names of the floating-point parameters of two or more axes outside norms; True for weights of layers."""
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(module)
+    for name, parameter in model.named_parameters():
+        modules = owners[id(parameter)]
+        lazy = isinstance(parameter, nn.parameter.UninitializedParameter)
+        if any(_is_norm(m) for m in modules) or not parameter.is_floating_point():
+            continue
+        if lazy and name.rpartition(".")[2] != "weight":
+            continue
+        if lazy or parameter.dim() >= 2:
+            yield name, any(_is_layer(m) for m in modules) and not any(isinstance(m, _EMBEDDINGS) for m in modules)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, _LAYERS) or type(module).__name__ in _LAYER_NAMES
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return _NORM_NAME.search(type(module).__name__) is not None and not _is_layer(module)
+
+
+def _patterns(given: str | Sequence[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def _aliases(model: nn.Module) -> dict[str, list[str]]:
+    """All names under which each first name's parameter can be matched: its own, its ties', and their modules'."""
+    known: dict[str, list[str]] = {}
+    for name, first in canonical_names(model).items():
+        known.setdefault(first, []).extend((name, name.rpartition(".")[0]))
+    return known
+
+
+def _matching(pattern: str, layers: list[str], others: list[str], aliases: dict[str, list[str]]) -> list[str]:
+    for names in (layers, others):
+        hits = [name for name in names if any(fnmatchcase(alias, pattern) for alias in aliases[name])]
+        if hits:
+            return hits
+    raise unknown_name("weight pattern", pattern, [*layers, *others])

@@ -1,0 +1,45 @@
+"""Examples in docstrings and in CONTRIBUTING.md run and print what they say."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SRC = ROOT / "src"
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(SRC).with_suffix("").parts).removesuffix(".__init__")
+
+
+WITH_EXAMPLES = [module_name(path) for path in sorted(SRC.rglob("*.py")) if ">>> " in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
+def test_docstring_examples(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def python_blocks(text: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_contributing_examples() -> None:
+    """In one fresh process, because they enter new names into the registries."""
+    blocks = python_blocks((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert blocks
+    done = subprocess.run([sys.executable, "-c", "\n".join(blocks)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_python_blocks_are_seen() -> None:
+    assert python_blocks("```sh\nls\n```\n```python\nx = 1\n```\n") == ["x = 1\n"]
