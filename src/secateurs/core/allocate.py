@@ -1,8 +1,9 @@
 """How much from where: allocation rules turn scores and a total into kept counts per group.
 
-There are two kinds of rule. A *density* rule says from shapes which share of each group stays (uniform, uniform+, er, erk,
-erk+, given); `apportion` turns shares into counts. A *score* rule puts the scores of all groups on one scale (global,
-lamp); the highest of all groups together stay. Either way the counts add up to the total exactly, and floors and caps hold.
+There are two kinds of rule. A *density* rule says from shapes which share of each group stays (uniform, uniform+, er,
+erk, erk+, given); `apportion` turns shares into counts. A *score* rule puts the scores of all groups on one scale
+(global, lamp); the highest of all groups together stay. Either way the counts add up to the total exactly, and floors
+and caps hold.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+from .apportion import apportion
 from .budget import nearest_sparsity
 from .errors import BudgetError, OptionError, unknown_name
 from .select import top, top_across
@@ -26,7 +27,6 @@ __all__ = [
     "Allocation",
     "allocate",
     "allocation",
-    "apportion",
     "densities",
     "floor_counts",
     "get_allocation",
@@ -120,7 +120,7 @@ def allocate(
         options: what the rule takes besides: see the rule.
 
     Raises:
-        BudgetError: `keep_total` lies below the floors or above the caps; quotes both and the nearest feasible sparsity.
+        BudgetError: `keep_total` lies below the floors or above the caps; quotes both and the nearest feasible.
         OptionError: scores or shapes that the rule needs are missing, a name or an option is unknown, NaN in scores.
 
     >>> allocate("global", {"a": torch.tensor([9.0, 1.0]), "b": torch.tensor([5.0, 4.0, 3.0])}, 2)
@@ -157,38 +157,12 @@ def densities(rule: str, shapes: Shapes, density: float, **options: Any) -> dict
     """
     entry = get_allocation(rule)
     if entry.needs_scores:
-        raise OptionError(f"allocation {rule!r} takes its counts from scores, so no densities follow from shapes alone.")
+        raise OptionError(f"allocation {rule!r} takes its counts from scores, so shapes give no densities.")
     if not 0 < density <= 1:
         raise OptionError(f"density must lie in (0, 1], got {density}.")
     _check_options(entry, options)
     result: dict[str, float] = entry.rule(shapes, density, **options)
     return result
-
-
-def apportion(
-    weights: Mapping[str, float], total: int, floors: Mapping[str, int], caps: Mapping[str, int]
-) -> dict[str, int]:
-    """Integers in proportion to `weights` that lie within floors and caps and add up to `total` exactly.
-
-    Water filling: `x = min(max(λ·weight, floor), cap)` with the λ at which the x add up; then the largest remainders are
-    rounded up, the earlier group first among equals. Groups of weight 0 get more than their floor only when all others
-    are at their caps, then in proportion to their room.
-
-    Args:
-        weights: at least 0 each, finite.
-        total: between the sums of floors and caps.
-        floors: integers, per group.
-        caps: integers, per group, at least the floor.
-    """
-    names = list(weights)
-    spent = sum(caps[n] if weights[n] > 0 else floors[n] for n in names)
-    if total > spent:
-        idle = {n: float(caps[n] - floors[n]) for n in names if weights[n] <= 0}
-        rest = apportion(idle, total - sum(caps[n] for n in names if n not in idle), floors, caps)
-        return {n: rest.get(n, caps[n]) for n in names}
-    level = _water_level(weights, total, floors, caps)
-    exact = {n: min(max(level * weights[n], floors[n]), caps[n]) for n in names}
-    return _largest_remainders(exact, total, caps)
 
 
 def floor_counts(sizes: Mapping[str, int], floor: int | float) -> dict[str, int]:
@@ -223,14 +197,14 @@ def shares(counts: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, flo
 def lamp_scores(scores: Tensor) -> Tensor:
     """LAMP scores: each squared magnitude over the sum of it and all larger ones, float64 [units].
 
-    Lee et al., arXiv 2010.07611, equation 2: `score(u) = w_u² / Σ_{v ≥ u} w_v²`, with the weights in ascending order. The
-    largest of a group has score 1, whatever its scale. Among equals the earlier index gets the higher score.
+    Lee et al., arXiv 2010.07611, equation 2: `score(u) = w_u² / Σ_{v ≥ u} w_v²`, with the weights in ascending order.
+    The largest of a group has score 1, whatever its scale. Among equals the earlier index gets the higher score.
 
     Raises:
         OptionError: a negative score: LAMP is defined for magnitudes.
     """
-    if bool((scores < 0).any()):
-        raise OptionError("lamp is defined for magnitudes, got negative scores; use global, or a criterion without signs.")
+    if bool(((scores < 0) | scores.isinf()).any()):
+        raise OptionError("lamp is defined for finite magnitudes, got negative or infinite scores; use global.")
     squares, order = scores.double().square().sort(descending=True, stable=True)
     ranked = squares / squares.cumsum(0)
     # Units of magnitude 0 in a group that is 0 up to there: 0/0 is "worth nothing".
@@ -254,7 +228,7 @@ def _uniform_plus(
     """
     held = {_member(shapes, first, 0, "first"): 1.0}
     last = _member(shapes, classifier, -1, "classifier")
-    if density < 0.2 and last not in held:
+    if density < 0.2 and last not in held and len(shapes) > 2:
         held[last] = 0.2
     sizes = _sizes(shapes)
     rest = _rest_density("uniform+", sizes, density, held)
@@ -321,47 +295,15 @@ def _ranked_together(
     The best `floor` of a group are out of the ranking because they stay anyway, those beyond `cap` because they cannot.
     What is left is one plain ranking, the fixed point of repeated water filling.
     """
-    free = {name: _contested(values.flatten(), floors[name], caps[name], name) for name, values in scores.items()}
+    free = {name: _contested(values.flatten(), floors[name], caps[name]) for name, values in scores.items()}
     chosen = top_across(free, total - sum(floors.values()))
     return {name: floors[name] + int(mask.sum()) for name, mask in chosen.items()}
 
 
-def _contested(scores: Tensor, floor: int, cap: int, name: str) -> Tensor:
-    bad = int(scores.isnan().sum())
-    if bad:
-        raise OptionError(f"{bad} of {scores.numel()} scores of {name} are NaN; mend the model or the criterion.")
+def _contested(scores: Tensor, floor: int, cap: int) -> Tensor:
     if floor == 0 and cap == scores.numel():
         return scores
     return scores[top(scores, cap) & ~top(scores, floor)]
-
-
-def _water_level(
-    weights: Mapping[str, float], total: int, floors: Mapping[str, int], caps: Mapping[str, int]
-) -> float:
-    """The λ at which `min(max(λ·weight, floor), cap)` adds up to `total`: piecewise linear, so exact between its kinks."""
-    rising = {name: weight for name, weight in weights.items() if weight > 0}
-    fixed = sum(floors[name] for name in weights if name not in rising)
-
-    def filled(level: float) -> float:
-        return fixed + math.fsum(min(max(level * w, floors[n]), caps[n]) for n, w in rising.items())
-
-    kinks = sorted({0.0, *(bound[n] / w for n, w in rising.items() for bound in (floors, caps))})
-    for left, right in pairwise(kinks):
-        if filled(right) >= total:
-            below, above = filled(left), filled(right)
-            return left + (right - left) * (total - below) / (above - below) if above > below else left
-    return kinks[-1]
-
-
-def _largest_remainders(exact: Mapping[str, float], total: int, caps: Mapping[str, int]) -> dict[str, int]:
-    # What is an integer but for rounding errors must count as one, or it would compete with true remainders.
-    near = {name: round(x) if abs(x - round(x)) < 1e-9 * max(1.0, x) else x for name, x in exact.items()}
-    counts = {name: math.floor(x) for name, x in near.items()}
-    order = sorted(near, key=lambda name: counts[name] - near[name])
-    missing = total - sum(counts.values())
-    for name in [name for name in order if counts[name] < caps[name]][: max(missing, 0)]:
-        counts[name] += 1
-    return counts
 
 
 def _clipped(sizes: Mapping[str, int], density: float, raw: Mapping[str, float]) -> dict[str, float]:
@@ -388,13 +330,13 @@ def _rest_density(rule: str, sizes: Mapping[str, int], density: float, held: Map
     total = sum(sizes.values())
     taken = math.fsum(held[name] * sizes[name] for name in held)
     others = total - sum(sizes[name] for name in held)
-    if density * total < taken:
+    if density * total < taken - 1e-9 * taken:
         holds = " and ".join(f"{name} at density {value:g}" for name, value in held.items())
         raise BudgetError(
             f"{rule} holds {holds}, which is {taken:g} weights, but only {density * total:g} may stay.",
             nearest=str(nearest_sparsity(math.ceil(taken), total)),
         )
-    return (density * total - taken) / others if others else 0.0
+    return max(density * total - taken, 0.0) / others if others else 0.0
 
 
 def _sizes(shapes: Shapes) -> dict[str, int]:
@@ -471,4 +413,7 @@ def _shapes_for(entry: Allocation, sizes: Mapping[str, int], shapes: Shapes | No
 def _scores_for(entry: Allocation, name: str, value: Tensor | int) -> Tensor:
     if isinstance(value, int):
         raise OptionError(f"allocation {entry.name!r} ranks scores, but {name} has only a size; score it first.")
+    bad = int(value.isnan().sum())
+    if bad:
+        raise OptionError(f"{bad} of {value.numel()} scores of {name} are NaN; mend the model or the criterion.")
     return value

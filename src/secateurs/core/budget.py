@@ -92,6 +92,11 @@ class Limit:
         if faults:
             raise BudgetError("; ".join(faults) + ".")
 
+    @property
+    def cost(self) -> str:
+        """The name of what is limited in a cost model: bytes for memory, else the metric itself."""
+        return _key(self.metric)
+
     def __str__(self) -> str:
         return f"{self.metric}{self.comparison}{_number_text(self)}"
 
@@ -132,7 +137,7 @@ class Budget:
     pattern: Pattern | None = None
 
     def __post_init__(self) -> None:
-        faults = _repeated(_key(limit.metric) for limit in self.limits)
+        faults = _repeated(limit.cost for limit in self.limits)
         if not self.limits and self.pattern is None:
             faults = [f"an empty budget asks for nothing; {_allowed()}"]
         if faults:
@@ -162,7 +167,7 @@ class Budget:
 
     def limit(self, metric: str) -> Limit | None:
         """The limit on `metric`, or on its alias (memory is bytes); None without one."""
-        return next((limit for limit in self.limits if _key(limit.metric) == _key(metric)), None)
+        return next((limit for limit in self.limits if limit.cost == _key(metric)), None)
 
     def __str__(self) -> str:
         return ",".join(map(str, self.limits + (() if self.pattern is None else (self.pattern,))))

@@ -7,10 +7,11 @@ With dimension types for sizes it can be evaluated for any decision without touc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from .dims import Dim, atoms, size
+from .dims import Dim, atoms, parse, size
 
 __all__ = ["CostModel", "Monomial", "constant", "gather"]
 
@@ -49,6 +50,23 @@ class CostModel:
         for m in self.metrics[metric]:
             out[m.source] = out.get(m.source, 0.0) + m.value(counts or {})
         return out
+
+    def to_dict(self) -> dict[str, list[list[Any]]]:
+        """The costs as plain JSON values: per metric a list of [coefficient, dims in their notation, source]."""
+        return {
+            metric: [[m.coefficient, [str(d) for d in m.dims], m.source] for m in monomials]
+            for metric, monomials in self.metrics.items()
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Iterable[Sequence[Any]]], sizes: Mapping[str, int]) -> CostModel:
+        """The costs that `to_dict` wrote, given the size of each group by name."""
+        return cls(
+            {
+                metric: tuple(Monomial(c, tuple(parse(d, sizes) for d in dims), source) for c, dims, source in rows)
+                for metric, rows in data.items()
+            }
+        )
 
     def unit(self, metric: str, group: str, sizes: Mapping[str, int]) -> float:
         """What the removal of one unit of `group` saves while all others are whole; `sizes` maps group to size."""

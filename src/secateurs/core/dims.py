@@ -187,6 +187,22 @@ def atoms(dim: Dim) -> Iterator[Atom]:
                 yield from atoms(part)
 
 
+def substitute(dim: Dim, known: Mapping[str, Dim]) -> Dim:
+    """`dim` with each atom that `known` names replaced, in normal form.
+
+    >>> str(substitute(product(Atom("a", 2), Atom("b", 3)), {"a": Fixed(2)}))
+    '2·b'
+    """
+    match dim:
+        case Atom(name):
+            return known.get(name, dim)
+        case Product(factors):
+            return product(*(substitute(f, known) for f in factors))
+        case Concat(parts):
+            return concat(*(substitute(p, known) for p in parts))
+    return dim
+
+
 def parse(text: str, sizes: Mapping[str, int]) -> Dim:
     """The dimension that prints as `text`, given the size of each atom by name.
 

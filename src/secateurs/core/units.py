@@ -148,6 +148,11 @@ class WeightGroup:
     def size(self) -> int:
         return math.prod(self.grid)
 
+    @property
+    def entries(self) -> int:
+        """Number of entries of the tensor."""
+        return math.prod(self.shape)
+
     def units(self) -> Tensor:
         """The unit of each entry: int64 [rows·columns]."""
         rows, columns = self.matrix

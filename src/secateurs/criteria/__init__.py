@@ -1,0 +1,25 @@
+"""Criteria: how much a unit matters. Importing this package registers those that come with it."""
+
+from __future__ import annotations
+
+from . import activation, flow, gradient, magnitude, norm_layer, random  # noqa: F401
+from .evidence import Moments, gradients, observe, observing
+from .face import score
+from .lifting import Lift
+from .preserve import preserved
+from .registry import Criterion, criteria, criterion, elementwise, get_criterion
+
+__all__ = [
+    "Criterion",
+    "Lift",
+    "Moments",
+    "criteria",
+    "criterion",
+    "elementwise",
+    "get_criterion",
+    "gradients",
+    "observe",
+    "observing",
+    "preserved",
+    "score",
+]

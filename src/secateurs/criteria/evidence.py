@@ -1,6 +1,6 @@
 """Evidence: what a model does on data — gradients, curvature products and statistics of activations.
 
-Everything here goes through `preserved`, which gives the model back exactly as it was, also when the body raises.
+Everything here runs inside `preserved`, which gives the model back exactly as it was, also when something raises.
 Gradients are taken with `torch.autograd.grad`, so nobody's `.grad` is touched; averages are kept in float32 or wider.
 """
 
@@ -15,22 +15,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..core.batch import Loss, call, default_loss, device_of, leaves, main_output, move, split
+from ..core.batch import Loss, call, default_loss, device_of, leaves, move, split
 from ..core.errors import DataError, ModelError, OptionError
 from .lifting import resolve
+from .preserve import preserved
 
 __all__ = [
     "Moments",
     "Per",
     "RunningMean",
     "Visitor",
+    "double",
     "each_gradient",
     "gradients",
     "hessian_gradient",
     "loss_of",
+    "mapped",
     "observe",
     "observing",
-    "preserved",
     "samples",
     "values",
 ]
@@ -44,65 +46,8 @@ def values(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     return {name: _wide(tensor.detach()) for name, tensor in resolve(model, names).items()}
 
 
-@contextmanager
-def preserved(
-    model: nn.Module, *, train: bool = False, differentiate: Iterable[nn.Parameter] | None = None, seed: int = 0
-) -> Iterator[None]:
-    """Inside, `model` is in eval (or train) mode and random numbers follow `seed`; afterwards all is as it was.
-
-    What is brought back: training flags, `requires_grad`, the `.grad` objects, buffers, and the random state.
-
-    Args:
-        model: what to look at.
-        train: train mode instead of eval mode.
-        differentiate: inside, exactly these parameters require gradients; None leaves the flags alone.
-        seed: of the random numbers inside (dropout, noisy routing).
-    """
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(_cuda(model)))
-        _seed(model, seed)
-        stack.callback(_Snapshot.of(model).restore)
-        model.train(train)
-        if differentiate is not None:
-            wanted = {id(p) for p in differentiate}
-            for parameter in model.parameters():
-                parameter.requires_grad_(id(parameter) in wanted)
-        for parameter in model.parameters():
-            parameter.grad = None
-        yield
-
-
-@dataclass(frozen=True)
-class _Snapshot:
-    """The state of a model that forward and backward passes may change."""
-
-    modes: list[tuple[nn.Module, bool]]
-    parameters: list[tuple[nn.Parameter, bool, Tensor | None]]
-    buffers: list[tuple[nn.Module, dict[str, Tensor | None], dict[str, Tensor]]]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> _Snapshot:
-        return cls(
-            [(m, m.training) for m in model.modules()],
-            [(p, p.requires_grad, p.grad) for p in model.parameters()],
-            [(m, dict(m._buffers), _copies(m._buffers)) for m in model.modules() if m._buffers],
-        )
-
-    def restore(self) -> None:
-        for module, training in self.modes:
-            module.training = training
-        for parameter, requires_grad, grad in self.parameters:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = grad
-        for module, tensors, copies in self.buffers:
-            module._buffers.clear()
-            module._buffers.update(tensors)
-            for name, copy in copies.items():
-                _put_back(tensors[name], copy)
-
-
 def loss_of(model: nn.Module, batch: Any, loss: Loss | None = None) -> Tensor:
-    """The loss of `model` on `batch`: a scalar with its graph; batches and devices as in `core.batch`.
+    """The loss of `model` on `batch`: a scalar with its graph; for batches and the default loss see `core.batch`.
 
     Raises:
         DataError: there are no labels, or the loss is not one number.
@@ -114,8 +59,8 @@ def loss_of(model: nn.Module, batch: Any, loss: Loss | None = None) -> Tensor:
         target = move(target, next((leaf.device for leaf in leaves(output)), device_of(model)))
     value = (loss or default_loss)(output, target)
     if not isinstance(value, Tensor) or value.numel() != 1:
-        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise DataError(f"the loss must be one number per batch, got {shape}: reduce it with a mean.")
+        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise DataError(f"the loss must be a tensor of one number per batch, got {found}: reduce it, with a mean.")
     if not bool(torch.isfinite(value)):
         raise ModelError(f"the loss is {value.item()} on a batch: look at the data, or run the model in float32.")
     return value.squeeze()
@@ -153,14 +98,12 @@ def each_gradient(
     if per not in ("batch", "sample"):
         raise OptionError(f"per must be batch or sample, got {per!r}.")
     parameters = resolve(model, names)
-    tensors = list(parameters.values())
     reached = False
-    with preserved(model, train=train, differentiate=tensors, seed=seed), torch.enable_grad():
+    with _differentiating(model, parameters, train, seed):
         for piece in _pieces(data, per):
-            found = _backward(loss_of(model, piece, loss), tensors)
-            reached = reached or any(g is not None for g in found)
-            gradient = [_wide(torch.zeros_like(t) if g is None else g) for t, g in zip(tensors, found, strict=True)]
-            visit(_count(piece), {n: g.detach() for n, g in zip(parameters, gradient, strict=True)})
+            found = _backward(loss_of(model, piece, loss), parameters)
+            reached = reached or any(g is not None for g in found.values())
+            visit(_count(piece), {n: _known(g, parameters[n]) for n, g in found.items()})
     if not reached:
         raise ModelError(_unreached(names))
 
@@ -183,16 +126,10 @@ def gradients(
         model, data, loss, train, seed: see `each_gradient`.
         names: which parameters; default: all floating-point ones.
     """
+    if names is None:
+        names = [name for name, p in model.named_parameters() if p.is_floating_point()]
     mean = RunningMean()
-    each_gradient(
-        model,
-        data,
-        lambda count, gradient: mean.add(gradient, count),
-        names=names if names is not None else [n for n, p in model.named_parameters() if p.is_floating_point()],
-        loss=loss,
-        train=train,
-        seed=seed,
-    )
+    each_gradient(model, data, lambda n, g: mean.add(g, n), names=names, loss=loss, train=train, seed=seed)
     return mean.value
 
 
@@ -205,27 +142,30 @@ def hessian_gradient(
     train: bool = False,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """The Hessian of the loss times its gradient, Hg, both over `names` and over all of `data` (GraSP, equation 8).
+    """The Hessian of the loss times its gradient, Hg, with respect to `names` and over all of `data`.
 
-    Two passes over `data`: g first, then per batch the gradient of the product of g (constant) with the batch's gradient.
+    Two passes: g first; then, batch by batch, the gradient of <g, gradient of the batch> with g held constant.
+
+    Args:
+        model, data, loss, names, train, seed: see `each_gradient`; `data` is read twice.
     """
     whole = gradients(model, data, loss, names=names, train=train, seed=seed)
     parameters = resolve(model, names)
-    tensors = list(parameters.values())
     mean = RunningMean()
     # The fused attention kernels have no second derivative.
-    with preserved(model, train=train, differentiate=tensors, seed=seed), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    with _differentiating(model, parameters, train, seed), sdpa_kernel(SDPBackend.MATH):
         for batch in data:
-            first = _backward(loss_of(model, batch, loss), tensors, create_graph=True)
-            terms = [(whole[n] * g).sum() for n, g in zip(parameters, first, strict=True) if g is not None]
-            second = _backward(torch.stack(terms).sum(), tensors) if terms else [None] * len(tensors)
-            product = [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, second, strict=True)]
-            mean.add(dict(zip(parameters, map(_wide, product), strict=True)), _count(batch))
+            first = _backward(loss_of(model, batch, loss), parameters, create_graph=True)
+            terms = [(whole[n] * g).sum().flatten() for n, g in first.items() if g is not None]
+            second = _backward(torch.cat(terms).sum(), parameters) if terms else dict.fromkeys(parameters)
+            mean.add({n: _known(g, parameters[n]) for n, g in second.items()}, _count(batch))
     return mean.value
 
 
 @contextmanager
-def observing(model: nn.Module, visitors: Mapping[str, Visitor], *, train: bool = False, seed: int = 0) -> Iterator[None]:
+def observing(
+    model: nn.Module, visitors: Mapping[str, Visitor], *, train: bool = False, seed: int = 0
+) -> Iterator[None]:
     """Inside, each call of a module named in `visitors` is shown to its visitor; afterwards the model is as it was.
 
     Args:
@@ -247,26 +187,29 @@ def observe(
     Raises:
         ModelError: a module was never called, so that nothing is known about it.
     """
-    seen: set[str] = set()
+    silent = dict.fromkeys(visitors)
 
     def noting(name: str, visitor: Visitor) -> Visitor:
-        return lambda *found: (seen.add(name), visitor(*found))[1]
+        def visit(module: nn.Module, given: Tensor, made: Tensor) -> None:
+            silent.pop(name, None)
+            visitor(module, given, made)
+
+        return visit
 
     with observing(model, {n: noting(n, v) for n, v in visitors.items()}, train=train, seed=seed):
         for batch in data:
             call(model, move(split(batch)[0], device_of(model)))
-    silent = [name for name in visitors if name not in seen]
     if silent:
         raise ModelError(
-            f"no call of {', '.join(silent[:3])} was seen on this data, so its activations are unknown: the model uses "
-            f"its weights without calling it (as nn.MultiheadAttention does), or the data never reaches it; use more "
-            f"data, a criterion without activations, or leave its group out."
+            f"no call of {_some(list(silent))} was seen on this data, so its activations are unknown: the model uses "
+            f"its weights without calling it (as nn.MultiheadAttention does), or the data never reaches it; give more "
+            f"data, use a criterion without activations, or leave its group out."
         )
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean and sum of squared deviations per position, in float64; those of two parts of a sample can be merged.
+    """Count, mean and squared deviations of observations, per position; those of two samples can be merged.
 
     Args:
         count: number of observations.
@@ -286,7 +229,7 @@ class Moments:
         return cls(len(rows), mean, (rows - mean).square().sum(0))
 
     def merge(self, other: Moments) -> Moments:
-        """The moments of both samples together (Chan, Golub and LeVeque 1979), free of cancellation."""
+        """The moments of both samples together, without cancellation (Chan, Golub and LeVeque 1979)."""
         count = self.count + other.count
         share = other.count / max(count, 1)
         gap = other.mean - self.mean
@@ -295,12 +238,12 @@ class Moments:
 
     @property
     def variance(self) -> Tensor:
-        """Variance over the observations (divided by their number): float64 [positions]."""
+        """The variance over the observations, divided by their number: float64 [positions]."""
         return self.deviation / max(self.count, 1)
 
     @property
     def mean_square(self) -> Tensor:
-        """Mean of x^2: float64 [positions]."""
+        """The mean of x^2: float64 [positions]."""
         return self.variance + self.mean.square()
 
 
@@ -320,19 +263,63 @@ class RunningMean:
 
     @property
     def value(self) -> dict[str, Tensor]:
+        """Per name the mean of what was added."""
         return {name: total / self._weight for name, total in self._sums.items()}
 
 
 def samples(batch: Any) -> Iterator[Any]:
-    """The samples of `batch` one by one, each as a batch of one: every tensor whose first axis is the batch is sliced."""
+    """The samples of `batch`, each as a batch of one; tensors with another first axis than the inputs' stay whole."""
     count = _count(batch)
+
+    def cut(i: int) -> Callable[[Tensor], Tensor]:
+        return lambda tensor: tensor[i : i + 1] if tensor.dim() and len(tensor) == count else tensor
+
     for i in range(count):
-        yield _sliced(batch, i, count)
+        yield mapped(batch, cut(i))
+
+
+def mapped(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """`tree` with `function` applied to every tensor inside tuples, lists and mappings."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, tuple):
+        return tuple(mapped(v, function) for v in tree)
+    if isinstance(tree, list):
+        return [mapped(v, function) for v in tree]
+    if hasattr(tree, "items"):
+        return {k: mapped(v, function) for k, v in tree.items()}
+    return tree
 
 
 def double(tensor: Tensor) -> Tensor:
-    """`tensor` in float64; on the CPU where its device has no such type."""
+    """`tensor` in float64; moved to the CPU where its device has no such type."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
+@contextmanager
+def _differentiating(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], train: bool, seed: int
+) -> Iterator[None]:
+    with (
+        preserved(model, train=train, differentiate=parameters.values(), seed=seed),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        yield
+
+
+def _backward(
+    value: Tensor, parameters: Mapping[str, Tensor], *, create_graph: bool = False
+) -> dict[str, Tensor | None]:
+    """Gradients of `value`, None for a parameter that it does not depend on."""
+    if not value.requires_grad:
+        return dict.fromkeys(parameters)
+    found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True, create_graph=create_graph)
+    return dict(zip(parameters, found, strict=True))
+
+
+def _known(gradient: Tensor | None, parameter: Tensor) -> Tensor:
+    return _wide(torch.zeros_like(parameter) if gradient is None else gradient).detach()
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -349,29 +336,15 @@ def _count(batch: Any) -> int:
     return next((len(leaf) for leaf in leaves(split(batch)[0]) if leaf.dim()), 1)
 
 
-def _sliced(tree: Any, i: int, count: int) -> Any:
-    if isinstance(tree, Tensor):
-        return tree[i : i + 1] if tree.dim() and len(tree) == count else tree
-    if isinstance(tree, (tuple, list)):
-        return type(tree)(_sliced(v, i, count) for v in tree)
-    if hasattr(tree, "items"):
-        return {k: _sliced(v, i, count) for k, v in tree.items()}
-    return tree
-
-
-def _backward(value: Tensor, tensors: Sequence[Tensor], *, create_graph: bool = False) -> Sequence[Tensor | None]:
-    """Gradients of `value`, None for a tensor that it does not depend on."""
-    if not value.requires_grad:
-        return [None] * len(tensors)
-    return torch.autograd.grad(value, tensors, allow_unused=True, create_graph=create_graph)
-
-
 def _unreached(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return (
-        f"the loss reaches none of the tensors to be scored ({shown}): look for detach() or no_grad() on the way, "
-        f"or for a loss that does not use the model's output."
+        f"the loss reaches none of the tensors to be scored ({_some(names)}): look for detach() or no_grad() on the "
+        f"way, or for a loss that does not use the model's output."
     )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _hook(visitor: Visitor) -> Callable[..., None]:
@@ -382,23 +355,3 @@ def _hook(visitor: Visitor) -> Callable[..., None]:
             visitor(module, given.detach(), made.detach())
 
     return hook
-
-
-def _cuda(model: nn.Module) -> list[int]:
-    return sorted({p.device.index for p in (*model.parameters(), *model.buffers()) if p.device.type == "cuda"})
-
-
-def _seed(model: nn.Module, seed: int) -> None:
-    torch.default_generator.manual_seed(seed)
-    for device in _cuda(model):
-        torch.cuda.default_generators[device].manual_seed(seed)
-
-
-def _copies(buffers: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in buffers.items() if tensor is not None}
-
-
-def _put_back(tensor: Tensor | None, copy: Tensor) -> None:
-    if tensor is not None:
-        with torch.no_grad():
-            tensor.copy_(copy)

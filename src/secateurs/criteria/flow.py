@@ -1,4 +1,4 @@
-"""Flow criteria, made for networks that are not trained yet: of the gradient (GraSP, CroP) and of the synapses (SynFlow)."""
+"""Flow criteria, made for networks that are not trained yet: gradient flow (GraSP, CroP), synaptic flow (SynFlow)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from ..core.batch import Loss, default_loss, device_of, leaves, main_output, move, split
 from ..core.errors import DataError, ModelError, OptionError
-from .evidence import hessian_gradient, values
+from .evidence import hessian_gradient, mapped, samples, values
 from .lifting import resolve
 from .preserve import preserved
 from .registry import criterion
@@ -19,7 +19,7 @@ from .registry import criterion
 __all__ = ["crop", "grasp", "synflow"]
 
 
-@criterion("grasp", needs=("data", "labels"), signed=True, paper="Wang et al. 2020, arXiv 2002.07376, equation 8")
+@criterion("grasp", needs=("data", "labels"), signed=True, paper="Wang et al. 2020, arXiv 2002.07376")
 def grasp(
     model: nn.Module,
     names: Sequence[str],
@@ -61,7 +61,7 @@ def crop(
     return {n: (w * h).abs() for n, (w, h) in _curved(model, names, data, loss, seed, temperature, train).items()}
 
 
-@criterion("synflow", needs=("inputs",), paper="Tanaka et al. 2020, arXiv 2006.05467, equation 2")
+@criterion("synflow", needs=("inputs",), paper="Tanaka et al. 2020, arXiv 2006.05467")
 def synflow(
     model: nn.Module, names: Sequence[str], *, data: Sequence[Any], dtype: torch.dtype = torch.float64
 ) -> dict[str, Tensor]:
@@ -81,21 +81,21 @@ def synflow(
     Raises:
         ModelError: inputs are integers (there is no "one" among tokens), or R is zero or overflows.
     """
-    args, kwargs = _ones(split(data[0])[0], dtype, device_of(model))
+    args, kwargs = _ones(data[0], dtype, device_of(model))
     state = {n: _positive(t, dtype) for n, t in (*model.named_parameters(), *model.named_buffers())}
     canonical = {id(p): n for n, p in model.named_parameters()}
     sources = {n: canonical[id(p)] for n, p in resolve(model, names).items()}
-    leaves_ = {n: state[n].requires_grad_() for n in dict.fromkeys(sources.values())}
+    scored = {n: state[n].requires_grad_() for n in dict.fromkeys(sources.values())}
     with preserved(model), torch.inference_mode(False), torch.enable_grad():
-        flow = main_output(functional_call(model, state, args, kwargs)).sum()
-        if not flow.requires_grad:
-            raise ModelError("synflow: the output does not depend on any of the scored tensors.")
-        found = torch.autograd.grad(flow, list(leaves_.values()), allow_unused=True)
-    total = flow.detach()
-    if not bool(torch.isfinite(total)) or total == 0:
-        raise ModelError(f"synflow: the total flow is {total.item()}, so it has no shares; use another criterion or dtype.")
-    gradient = {n: torch.zeros_like(leaves_[n]) if g is None else g for n, g in zip(leaves_, found, strict=True)}
-    return {n: (leaves_[s].detach() * gradient[s] / total).abs() for n, s in sources.items()}
+        total = main_output(functional_call(model, state, args, kwargs)).sum()
+    if not bool(torch.isfinite(total)) or total == 0 or not total.requires_grad:
+        raise ModelError(
+            f"synflow: the flow through the scored tensors is {total.item()}, of which there are no shares; use "
+            f"another criterion, or dtype=torch.float64 if it overflows."
+        )
+    found = torch.autograd.grad(total, list(scored.values()), allow_unused=True)
+    gradient = {n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(scored.items(), found, strict=True)}
+    return {n: (scored[s] * gradient[s] / total).detach().abs() for n, s in sources.items()}
 
 
 def _curved(
@@ -118,7 +118,9 @@ def _curved(
 def _tempered(loss: Loss | None, temperature: float) -> Loss:
     def tempered(output: Any, target: Any) -> Tensor:
         if target is None:
-            raise DataError("a temperature needs batches as (inputs, target), as the model's own loss cannot be tempered.")
+            raise DataError(
+                "a temperature needs batches as (inputs, target), as the model's own loss cannot be tempered."
+            )
         return (loss or default_loss)(main_output(output) / temperature, target)
 
     return tempered
@@ -127,16 +129,17 @@ def _tempered(loss: Loss | None, temperature: float) -> Loss:
 def _positive(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy for the call: absolute values in `dtype`; integer and boolean tensors as they are."""
     copy = tensor.detach().clone()
-    return copy.abs().to(dtype) if tensor.is_floating_point() else copy
+    return copy.to(dtype).abs() if tensor.is_floating_point() else copy
 
 
-def _ones(inputs: Any, dtype: torch.dtype, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments like `inputs`, but with one sample and of ones."""
+def _ones(batch: Any, dtype: torch.dtype, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments like the inputs of `batch`, but of one sample and of ones."""
+    inputs = split(next(samples(batch)))[0]
     if any(not leaf.is_floating_point() for leaf in leaves(inputs)):
         raise ModelError(
-            "synflow feeds a tensor of ones, and this model takes integers (tokens); use another criterion, such as snip."
+            "synflow feeds a tensor of ones, and this model takes integers (tokens): use another criterion, as snip."
         )
-    made = move(_map(inputs, lambda t: torch.ones_like(t[:1] if t.dim() > 1 else t, dtype=dtype)), device)
+    made = move(mapped(inputs, lambda tensor: torch.ones_like(tensor, dtype=dtype)), device)
     if isinstance(made, dict):
         return (), made
     return (made if isinstance(made, tuple) else (made,)), {}

@@ -17,7 +17,7 @@ from .registry import criterion
 __all__ = ["fisher", "snip", "taylor", "taylor_signed"]
 
 
-@criterion("snip", needs=("data", "labels"), paper="Lee et al. 2019, arXiv 1810.02340, equation 6")
+@criterion("snip", needs=("data", "labels"), paper="Lee et al. 2019, arXiv 1810.02340")
 def snip(
     model: nn.Module, names: Sequence[str], *, data: Sequence[Any], loss: Loss | None, seed: int, train: bool = False
 ) -> dict[str, Tensor]:
@@ -32,7 +32,7 @@ def snip(
     return {n: p.abs() for n, p in _products(model, names, data, loss, seed, train).items()}
 
 
-@criterion("taylor-signed", needs=("data", "labels"), signed=True, paper="Molchanov et al. 2019, arXiv 1906.10771, equation 5")
+@criterion("taylor-signed", needs=("data", "labels"), signed=True, paper="Molchanov et al. 2019, arXiv 1906.10771")
 def taylor_signed(
     model: nn.Module, names: Sequence[str], *, data: Sequence[Any], loss: Loss | None, seed: int, train: bool = False
 ) -> dict[str, Tensor]:
@@ -44,7 +44,7 @@ def taylor_signed(
     return {n: -p for n, p in _products(model, names, data, loss, seed, train).items()}
 
 
-@criterion("fisher", needs=("data", "labels"), paper="LeCun et al. 1990, equation 5, with the empirical Fisher for the Hessian")
+@criterion("fisher", needs=("data", "labels"), paper="LeCun et al. 1990 (OBD), with the empirical Fisher")
 def fisher(
     model: nn.Module,
     names: Sequence[str],
@@ -77,7 +77,7 @@ def fisher(
     return {n: w.square() * curvature[n] / 2 for n, w in values(model, names).items()}
 
 
-@criterion("taylor", kind="unit", needs=("data", "labels"), paper="Molchanov et al. 2019, arXiv 1906.10771, equations 8 and 9")
+@criterion("taylor", kind="unit", needs=("data", "labels"), paper="Molchanov et al. 2019, arXiv 1906.10771")
 def taylor(
     model: nn.Module,
     groups: Sequence[Group],

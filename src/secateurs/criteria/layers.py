@@ -1,4 +1,4 @@
-"""Layer kinds, in one place: where a layer's weight keeps its outputs, and what of its input and output a criterion sees.
+"""Layer kinds, in one place: where a weight keeps its outputs, and what a criterion sees of input and output.
 
 Known are `Linear`, `Conv1d/2d/3d`, `Embedding`, `ConvTranspose1d/2d/3d` without groups (outputs only) and the `Conv1D`
 of Hugging Face, a linear layer whose weight is [in, out].
@@ -53,8 +53,8 @@ def output_rows(module: nn.Module, output: Tensor) -> Tensor:
 def column_energy(module: nn.Module, given: Tensor) -> Tensor:
     """The sum of squares, over all tokens or pixels, of the input that each weight multiplies: float64.
 
-    Broadcasts to the weight: [1, in] for Linear, [in, 1] for Hugging Face's Conv1D, [out, in / groups, …kernel] (or 1 for
-    out) for convolutions, [rows, 1] for Embedding, whose input is a one-hot vector, so that the sum is a count.
+    Broadcasts to the weight: [1, in] for Linear, [in, 1] for Hugging Face's Conv1D, [out or 1, in / groups, …kernel]
+    for convolutions, [rows, 1] for Embedding, whose input is a one-hot vector, so that the sum is a count.
     """
     if isinstance(module, nn.Embedding):
         return double(torch.bincount(given.flatten(), minlength=module.num_embeddings))[:, None]
@@ -71,14 +71,13 @@ def _patch_energy(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, given: Tensor) -> T
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     image = double(F.pad(batched, _padding(module), mode=mode)).square().sum(0)
     reach = [d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-    energy = image.new_zeros(image.shape[0], *module.kernel_size)
+    columns = []
     for offset in product(*map(range, module.kernel_size)):
-        window = [
-            slice(o * d, image.shape[axis + 1] - r + o * d + 1, s)
-            for axis, (o, d, r, s) in enumerate(zip(offset, module.dilation, reach, module.stride, strict=True))
-        ]
-        energy[(slice(None), *offset)] = image[(slice(None), *window)].flatten(1).sum(1)
-    grouped = energy.view(module.groups, -1, *module.kernel_size)
+        seen = image
+        for axis, (o, d, r, s) in enumerate(zip(offset, module.dilation, reach, module.stride, strict=True), 1):
+            seen = seen.narrow(axis, o * d, image.shape[axis] - r + 1)[(slice(None),) * axis + (slice(None, None, s),)]
+        columns.append(seen.flatten(1).sum(1))
+    grouped = torch.stack(columns, 1).view(module.groups, -1, *module.kernel_size)
     return grouped.repeat_interleave(module.out_channels // module.groups, 0) if module.groups > 1 else grouped
 
 

@@ -66,12 +66,12 @@ def resolve(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
     Raises:
         ModelError: the model has no such parameter, or it is not floating-point, or it has no data.
     """
-    known = dict(model.named_parameters(remove_duplicate=False))
     found: dict[str, nn.Parameter] = {}
     for name in names:
-        if name not in known:
-            raise ModelError(f"the model has no parameter {name!r}: the groups belong to another model.")
-        tensor = known[name]
+        try:
+            tensor = model.get_parameter(name)
+        except AttributeError as error:
+            raise ModelError(f"the model has no parameter {name!r}: the groups belong to another model.") from error
         if not tensor.is_floating_point():
             raise ModelError(f"{name!r} holds {tensor.dtype}: only floating-point tensors have scores; leave it out.")
         if tensor.is_meta:
@@ -96,8 +96,7 @@ def select(group: Group, model: nn.Module, lift: Lift) -> Group:
     if not isinstance(group, ChannelGroup):
         _check_weight(group, model)
         return group
-    buffers = dict(model.named_buffers(remove_duplicate=False))
-    parameters = resolve(model, [name for name in group.tensors if name not in buffers])
+    parameters = resolve(model, [name for name in group.tensors if not _is_buffer(model, name)])
     chosen: dict[tuple[int, int], Member] = {}
     for member in group.members:
         if member.tensor not in parameters:
@@ -134,6 +133,14 @@ def lifted(
     how = lift.normalize or ("none" if signed or isinstance(group, WeightGroup) else "mean")
     scaled = [normalized(part if finish is None else finish(part), how) for part in parts]
     return scaled[0] if len(scaled) == 1 else combine(scaled, lift.combine)
+
+
+def _is_buffer(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_buffer(name)
+    except AttributeError:
+        return False
+    return True
 
 
 def _takes_part(model: nn.Module, member: Member, tensors: str) -> bool:

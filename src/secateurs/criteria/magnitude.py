@@ -17,7 +17,9 @@ def _root(reduced: Tensor, *, norm: float = 1.0) -> Tensor:
     return reduced if norm == 1 else reduced.pow(1 / norm)
 
 
-@criterion("magnitude", finish=_root, paper="Han et al. 2015, arXiv 1506.02626; filters: Li et al. 2017, arXiv 1608.08710")
+@criterion(
+    "magnitude", finish=_root, paper="Han et al. 2015, arXiv 1506.02626; filters: Li et al. 2017, arXiv 1608.08710"
+)
 def magnitude(model: nn.Module, names: Sequence[str], *, norm: float = 1.0) -> dict[str, Tensor]:
     """|w|; of a unit the p-norm of its entries inside each tensor, (sum |w|^p)^(1/p).
 

@@ -23,8 +23,8 @@ __all__ = ["norm_scale"]
 def norm_scale(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     """|gamma| of the batch, instance, group, layer or root-mean-square normalisation that a channel runs through.
 
-    Only scales of `torch.nn` layers and their subclasses count. A group without one is refused: its channels have no such
-    score. Where several norms carry the channel (a residual stream) the mean counts (option `combine`). Not
+    Only scales of `torch.nn` layers and their subclasses count. A group without one is refused: its channels have no
+    such score. Where several norms carry the channel (a residual stream) their mean counts (option `combine`). Not
     normalised over the group, as the paper compares gamma over the whole network.
     """
     return {name: gamma.abs() for name, gamma in values(model, names).items()}

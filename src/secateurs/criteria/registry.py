@@ -6,16 +6,16 @@ To add a criterion, write a function and name it:
     def spread(model, names):                      # elementwise: one tensor of the parameter's shape for each name
         return {name: (w - w.mean()).abs() for name, w in values(model, names).items()}
 
-An *elementwise* function takes `(model, names)` and returns saliencies that are lifted to units; a *unit* function takes
-`(model, groups)` and returns scores per group itself. Either may name `data` (a list of batches), `loss` and `seed`
-among its keyword-only parameters; every other keyword-only parameter is an option of the criterion.
+An *elementwise* function takes `(model, names)` and returns saliencies that are lifted to units; a *unit* function
+(`kind="unit"`) takes `(model, groups)` and returns scores per group itself. Either may name `data` (a list of batches),
+`loss` and `seed` among its keyword-only parameters; every other keyword-only parameter is an option of the criterion.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class Criterion:
     needs: tuple[Need, ...] = ()
     groups: tuple[Literal["weight", "channel"], ...] = ("weight", "channel")
     signed: bool = False
-    lift: Lift = Lift()
+    lift: Lift = field(default_factory=Lift)
     fixed: tuple[str, ...] = ()
     finish: Callable[..., Tensor] | None = None
     paper: str = ""
@@ -123,7 +123,7 @@ def criteria() -> tuple[Criterion, ...]:
 
 
 def elementwise(function: Callable[[str, Tensor], Tensor], *, signed: bool = False) -> Criterion:
-    """A criterion from a function of one tensor, `(name, values) -> saliency` of the same shape, without registering it.
+    """A criterion from a function of one tensor, `(name, values) -> saliency` of its shape; it is not registered.
 
     >>> elementwise(lambda name, values: values.square()).kind
     'elementwise'

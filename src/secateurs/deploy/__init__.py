@@ -1,0 +1,10 @@
+"""Models that leave: saved and loaded again at any width, exported to ONNX, torch.export and Hugging Face."""
+
+from __future__ import annotations
+
+
+
+
+from .store import load_extra, load_model, save_model
+
+__all__ = ["export_onnx", "export_program", "load_extra", "load_model", "save_model", "save_pretrained"]

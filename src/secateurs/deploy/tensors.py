@@ -7,7 +7,8 @@ kept, because another memory format selects another kernel, whose sums differ in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ class TensorTable:
         self._tensors: dict[str, Tensor] = {}
         self._keys: dict[int, str] = {}
         self._memory: dict[tuple[Any, ...], str] = {}
-        self._extents: dict[int, list[tuple[int, int, str]]] = {}
+        self._storages: set[tuple[torch.device, int]] = set()
+        self._claims: dict[torch.device, list[tuple[int, int, str]]] = {}
 
     def add(self, tensor: Tensor, name: str) -> str:
         """The name of the tensor's entry: `name`, or the one that it got when it was first met.
@@ -62,7 +64,7 @@ class TensorTable:
 
     def _entry(self, tensor: Tensor, name: str) -> dict[str, Any]:
         entry: dict[str, Any] = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
-        if tensor.stride() != _contiguous(tensor.shape) and _dense(tensor):
+        if tensor.stride() != _contiguous(tensor.shape) and _dense(tensor.shape, tensor.stride()):
             entry["strides"] = list(tensor.stride())
         if isinstance(tensor, nn.Parameter):
             entry["parameter"] = True
@@ -70,37 +72,44 @@ class TensorTable:
             entry["requires_grad"] = True
         source = self._source(tensor, name)
         if source == name:
-            self.data[name] = _storable(tensor)
+            self.data[name] = self._storable(tensor)
         else:
             entry["data"] = source
         return entry
 
+    def _storable(self, tensor: Tensor) -> Tensor:
+        """The tensor as the file holds it: contiguous, on a storage of its own, complex numbers as bytes."""
+        plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+        storage = (plain.device, plain.untyped_storage().data_ptr())
+        if storage in self._storages:
+            plain = plain.clone()
+        self._storages.add(storage)
+        return plain.reshape(-1).view(torch.uint8) if plain.dtype in _AS_BYTES else plain
+
     def _source(self, tensor: Tensor, name: str) -> str:
-        """The entry that already holds this very memory, else `name`; overlapping views are refused."""
+        """The entry that already holds this very memory, else `name`."""
         if tensor.numel() == 0:
             return name
         layout = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if layout in self._memory:
-            return self._memory[layout]
-        self._memory[layout] = name
-        self._claim(tensor, name)
-        return name
+        if layout not in self._memory:
+            self._memory[layout] = name
+            self._claim(tensor, name)
+        return self._memory[layout]
 
     def _claim(self, tensor: Tensor, name: str) -> None:
-        """Notes the memory that the tensor writes to.
+        """Refuses trainable views that overlap: they would come back independent and train apart.
 
-        Two trainable views that overlap would come back as two independent tensors; views of which one is a constant
-        lose nothing but memory.
+        Views with gaps are left alone; two halves of one tensor's columns interleave without sharing an element.
         """
+        if not tensor.requires_grad or not _dense(tensor.shape, tensor.stride()):
+            return
         start = tensor.data_ptr()
-        span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1
-        stop = start + span * tensor.element_size()
-        claims = self._extents.setdefault(tensor.untyped_storage().data_ptr(), [])
+        stop = start + tensor.numel() * tensor.element_size()
+        claims = self._claims.setdefault(tensor.device, [])
         for low, high, other in claims:
-            if tensor.requires_grad and low < stop and start < high and _dense(tensor):
+            if low < stop and start < high:
                 raise FileError(f"it overlaps {other!r} in memory without being equal to it; clone() one of them")
-        if tensor.requires_grad and _dense(tensor):
-            claims.append((start, stop, name))
+        claims.append((start, stop, name))
 
 
 def _fault(tensor: Tensor) -> str | None:
@@ -113,32 +122,28 @@ def _fault(tensor: Tensor) -> str | None:
         return "it is on the meta device and has no data; load the weights first"
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
         return "it is sparse, quantized or nested; convert it with to_dense() or dequantize()"
+    if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+        return "it has gradient hooks; remove them with handle.remove()"
     if not tensor.is_leaf:
         return "it is part of an autograd graph; detach() it"
     return None
 
 
-def _contiguous(shape: torch.Size) -> tuple[int, ...]:
+def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
     strides = [1]
     for size in reversed(shape[1:]):
         strides.append(strides[-1] * max(size, 1))
     return tuple(reversed(strides)) if shape else ()
 
 
-def _dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their memory without gaps or repetition, in whatever order of the axes."""
+def _dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether elements so laid out fill their memory without gaps or repetition, in whatever order of the axes."""
     expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+    for stride, size in sorted(zip(strides, shape, strict=True)):
         if size != 1 and stride != expected:
             return False
         expected *= size
-    return tensor.numel() > 0
-
-
-def _storable(tensor: Tensor) -> Tensor:
-    """The tensor as the file holds it: contiguous, without lazy conjugation, complex numbers as bytes."""
-    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    return plain.reshape(-1).view(torch.uint8) if plain.dtype in _AS_BYTES else plain
+    return expected > 0
 
 
 def rebuild(
@@ -171,22 +176,27 @@ def rebuild(
 
 def _fresh(entry: Mapping[str, Any], stored: Tensor, place: str, device: torch.device | str) -> Tensor:
     """A copy of the stored tensor with the dtype, shape and strides of the entry."""
-    dtype, shape = getattr(torch, str(entry["dtype"]), None), entry["shape"]
+    dtype, shape = getattr(torch, str(entry["dtype"]), None), tuple(entry["shape"])
     if not isinstance(dtype, torch.dtype):
         raise FileError(f"{place} has the dtype {entry['dtype']!r}, which this PyTorch does not know")
-    expected = torch.uint8 if dtype in _AS_BYTES else dtype
-    if stored.dtype != expected or (dtype not in _AS_BYTES and list(stored.shape) != shape):
-        found = f"{str(stored.dtype).removeprefix('torch.')} {list(stored.shape)}"
-        raise FileError(f"{place} should be {entry['dtype']} {shape}, but {found} is stored")
-    strides = entry.get("strides") or _contiguous(torch.Size(shape))
-    fresh = torch.empty_strided(tuple(shape), tuple(strides), dtype=dtype, device=device)
-    if dtype in _AS_BYTES:
-        stored = stored.clone().view(dtype).reshape(shape)
-    return fresh.copy_(stored)
+    as_bytes = dtype in _AS_BYTES
+    expected = (torch.uint8, (math.prod(shape) * dtype.itemsize,)) if as_bytes else (dtype, shape)
+    if (stored.dtype, tuple(stored.shape)) != expected:
+        raise FileError(
+            f"{place} should be {entry['dtype']} {list(shape)}, but {stored.dtype} {list(stored.shape)} is stored"
+        )
+    strides = tuple(entry.get("strides") or _contiguous(shape))
+    if strides != _contiguous(shape) and not _dense(shape, strides):
+        raise FileError(f"{place} has the strides {list(strides)}, which do not fit its shape {list(shape)}")
+    # A clone is aligned for any dtype, which bytes in the middle of a file need not be.
+    plain = stored.clone().view(dtype).reshape(shape) if as_bytes else stored
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device).copy_(plain)
 
 
 def _wrapped(data: Tensor, entry: Mapping[str, Any]) -> Tensor:
     trainable = bool(entry.get("requires_grad", False))
+    if trainable and not (data.is_floating_point() or data.is_complex()):
+        raise FileError(f"a tensor of {data.dtype} cannot require gradients")
     if entry.get("parameter", False):
         return nn.Parameter(data, requires_grad=trainable)
     return data.requires_grad_(trainable)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..core.batch import call, device_of, move
 from ..core.cost import CostModel, Monomial, gather
-from ..core.dims import Atom, Concat, Dim, Fixed, Product, atoms, parse, size
+from ..core.dims import Atom, Concat, Dim, Fixed, Product, atoms, parse, size, substitute
 from ..core.errors import FileError, ModelError
 from ..core.units import ChannelGroup, Member
 from . import rules as _rules  # noqa: F401  (registers the rules)
@@ -70,6 +70,37 @@ class Structure:
         """Number of units of each group."""
         return {g.name: g.size for g in self.groups}
 
+    def restricted(self, names: Iterable[str]) -> Structure:
+        """The structure in which only the named groups can go."""
+        live = set(names)
+        fixed = {g.name: Fixed(g.size) for g in self.groups if g.name not in live}
+
+        def fix(dim: Dim) -> Dim:
+            return substitute(dim, fixed)
+
+        groups = tuple(
+            replace(g, members=tuple(replace(m, dim=fix(m.dim)) for m in g.members)) for g in self.groups if g.name in live
+        )
+        left_out = tuple(
+            Frozen(g.members[0].tensor, g.members[0].axis, g.size, "left out by scope or ignore")
+            for g in self.groups
+            if g.name not in live
+        )
+        tensors = {name: tuple(fix(d) for d in dims) for name, dims in self.tensors.items()}
+        edits = {key: fix(dim) for key, dim in self.edits.items()}
+        metrics = {
+            metric: tuple(replace(m, dims=tuple(fix(d) for d in m.dims)) for m in monomials)
+            for metric, monomials in self.costs.metrics.items()
+        }
+        return replace(
+            self,
+            groups=groups,
+            tensors={n: dims for n, dims in tensors.items() if any(True for d in dims for _ in atoms(d))},
+            edits={k: d for k, d in edits.items() if any(True for _ in atoms(d))},
+            costs=CostModel(metrics),
+            frozen=self.frozen + left_out,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The structure as plain JSON values; dimension types in their notation."""
         return {
@@ -77,10 +108,7 @@ class Structure:
             "groups": [_group_to_dict(g) for g in self.groups],
             "tensors": {name: [str(d) for d in dims] for name, dims in self.tensors.items()},
             "edits": {key: str(dim) for key, dim in self.edits.items()},
-            "costs": {
-                metric: [[m.coefficient, [str(d) for d in m.dims], m.source] for m in monomials]
-                for metric, monomials in self.costs.metrics.items()
-            },
+            "costs": self.costs.to_dict(),
             "frozen": [[f.tensor, f.axis, f.size, f.reason] for f in self.frozen],
             "unknown": dict(self.unknown),
         }
@@ -98,12 +126,7 @@ class Structure:
                 groups=tuple(_group_from_dict(g, sizes) for g in data["groups"]),
                 tensors={n: tuple(parse(d, sizes) for d in dims) for n, dims in data["tensors"].items()},
                 edits={k: parse(d, sizes) for k, d in data["edits"].items()},
-                costs=CostModel(
-                    {
-                        metric: tuple(Monomial(c, tuple(parse(d, sizes) for d in dims), s) for c, dims, s in monomials)
-                        for metric, monomials in data["costs"].items()
-                    }
-                ),
+                costs=CostModel.from_dict(data["costs"], sizes),
                 frozen=tuple(Frozen(*f) for f in data["frozen"]),
                 unknown=dict(data["unknown"]),
                 fingerprint=data["fingerprint"],
@@ -161,10 +184,10 @@ def trace_model(model: nn.Module, example_inputs: Any) -> tuple[Trace, bool]:
     """
     try:
         return _traced(meta_twin(model), example_inputs, "meta"), False
-    except Exception:  # noqa: BLE001  (whatever Python raises on shapes alone, the real run decides)
-        pass_device = device_of(model)
+    except Exception:  # noqa: BLE001, S110  (Python may ask shapes for values they do not have; the real run decides)
+        pass
     try:
-        return _traced(shared_twin(model), example_inputs, pass_device), True
+        return _traced(shared_twin(model), example_inputs, device_of(model)), True
     except Exception as error:
         raise ModelError(
             f"the model does not run on the example inputs ({_shapes(example_inputs)}): {type(error).__name__}: {error}"
@@ -277,7 +300,11 @@ def _reify(model: nn.Module, trace: Trace) -> Structure:
             for atom in atoms(dim):
                 if atom.name not in names:
                     solver.freeze(atom, f"no layer produces it, only {name} consumes it on axis {axis}")
-    rename = _Renamer(solver, names)
+    public = {a.name: Atom(names[a.name], a.n) for dims in resolved.values() for d in dims for a in atoms(d) if a.name in names}
+
+    def rename(dim: Dim) -> Dim:
+        return substitute(solver.resolve(dim), public)
+
     tensors = {name: tuple(rename(d) for d in kind.dims) for name, kind in trace.params.items()}
     groups = _groups(tensors, trace, {names[k]: v for k, v in kind_of.items() if k in names})
     live = {g.name for g in groups}
@@ -290,29 +317,6 @@ def _reify(model: nn.Module, trace: Trace) -> Structure:
         unknown=dict(trace.unknown),
         fingerprint=fingerprint(model),
     )
-
-
-class _Renamer:
-    """Resolves a dimension and gives its atoms their public names."""
-
-    def __init__(self, solver: Any, names: Mapping[str, str]) -> None:
-        self._solver, self._names = solver, names
-
-    def __call__(self, dim: Dim) -> Dim:
-        resolved = self._solver.resolve(dim)
-        text_sizes = {a.name: a.n for a in atoms(resolved)}
-        return _renamed(resolved, self._names) if text_sizes else resolved
-
-
-def _renamed(dim: Dim, names: Mapping[str, str]) -> Dim:
-    match dim:
-        case Atom(name, n):
-            return Atom(names.get(name, name), n)
-        case Product(factors):
-            return Product(tuple(_renamed(f, names) for f in factors))
-        case Concat(parts):
-            return Concat(tuple(_renamed(p, names) for p in parts))
-    return dim
 
 
 def _names(resolved: Mapping[str, tuple[Dim, ...]], trace: Trace, parameters: set[str]) -> dict[str, str]:
@@ -345,7 +349,7 @@ def _groups(
     return tuple(ChannelGroup(n, sizes[n], kind_of.get(n, "channel"), tuple(m)) for n, m in members.items())
 
 
-def _costs(model: nn.Module, trace: Trace, tensors: Mapping[str, tuple[Dim, ...]], rename: _Renamer) -> CostModel:
+def _costs(model: nn.Module, trace: Trace, tensors: Mapping[str, tuple[Dim, ...]], rename: Callable[[Dim], Dim]) -> CostModel:
     params, total_bytes = [], []
     for name, tensor in named_tensors(model):
         dims = tensors.get(name, tuple(Fixed(n) for n in tensor.shape))

@@ -40,6 +40,11 @@ def _product(a: Tensor, b: Tensor, count: Count) -> float:
     return count(a) * count(b) / max(inner, 1)
 
 
+def _rows(tensor: Tensor) -> float:
+    """Number of vectors along the last axis."""
+    return float(math.prod(tensor.shape[:-1]))
+
+
 @_rule("aten::mm", "aten::bmm", "aten::mv", "aten::dot", "aten::vdot", "aten::_int_mm", "aten::_scaled_mm")
 def _mm(args: tuple[Any, ...], output: Any, count: Count) -> float:
     return _product(args[0], args[1], count)
@@ -52,35 +57,36 @@ def _addmm(args: tuple[Any, ...], output: Any, count: Count) -> float:
 
 @_rule("aten::addr")
 def _addr(args: tuple[Any, ...], output: Any, count: Count) -> float:
-    return count(args[1]) * count(args[2])
+    return float(count(args[1]) * count(args[2]))
 
 
 @_rule("aten::mkldnn_linear")
 def _linear(args: tuple[Any, ...], output: Any, count: Count) -> float:
-    return args[0].numel() / max(args[0].shape[-1], 1) * count(args[1])
+    return _rows(args[0]) * count(args[1])
 
 
 @_rule("aten::_grouped_mm", "aten::_scaled_grouped_mm", "transformers::grouped_mm_fallback")
 def _grouped_mm(args: tuple[Any, ...], output: Any, count: Count) -> float:
-    rows, weights = args[0], args[1]
-    if rows.dim() == 3 and weights.dim() == 2:
-        return rows[0].numel() * weights.shape[-1]
+    rows: Tensor = args[0]
+    weights: Tensor = args[1]
     if rows.dim() == 3:
-        return rows.numel() * weights.shape[-1]
+        return rows.numel() * weights.shape[-1] / (rows.shape[0] if weights.dim() == 2 else 1)
     # Which row meets which expert is not known here, so each meets the mean of their densities.
     return rows.numel() * weights.shape[-1] * (count(weights) / max(weights.numel(), 1))
 
 
 @_rule("aten::convolution", "aten::_convolution", "aten::convolution_overrideable")
 def _convolution(args: tuple[Any, ...], output: Any, count: Count) -> float:
-    inputs, weight, transposed = args[0], args[1], args[6]
-    reached = inputs if transposed else output
+    weight: Tensor = args[1]
+    transposed: bool = args[6]
+    reached: Tensor = args[0] if transposed else output
     return reached.numel() / max(weight.shape[0], 1) * count(weight)
 
 
 @_rule("torchvision::deform_conv2d")
 def _deformed(args: tuple[Any, ...], output: Any, count: Count) -> float:
-    return output.numel() / max(args[1].shape[0], 1) * count(args[1])
+    weight: Tensor = args[1]
+    return int(output.numel()) / max(weight.shape[0], 1) * count(weight)
 
 
 @_rule(
@@ -92,8 +98,10 @@ def _deformed(args: tuple[Any, ...], output: Any, count: Count) -> float:
     "aten::_scaled_dot_product_fused_attention_overrideable",
 )
 def _attention(args: tuple[Any, ...], output: Any, count: Count) -> float:
-    query, key, value = args[:3]
-    return query.numel() * key.shape[-2] + query.numel() // max(query.shape[-1], 1) * key.shape[-2] * value.shape[-1]
+    query: Tensor = args[0]
+    key: Tensor = args[1]
+    value: Tensor = args[2]
+    return _rows(query) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
 
 
 @_rule("aten::_flash_attention_forward")
@@ -117,13 +125,13 @@ def _packed_attention(query: Tensor, key: Tensor, value: Tensor, ends_q: Tensor 
 
 @_rule("aten::mkldnn_rnn_layer")
 def _rnn_layer(args: tuple[Any, ...], output: Any, count: Count) -> float:
-    return args[0].numel() / max(args[0].shape[-1], 1) * (count(args[1]) + count(args[2]))
+    return _rows(args[0]) * (count(args[1]) + count(args[2]))
 
 
 @_rule("aten::_cudnn_rnn", "aten::miopen_rnn")
 def _rnn(args: tuple[Any, ...], output: Any, count: Count) -> float:
     matrices = sum(count(weight) for weight in args[1] if weight.dim() == 2)
-    return args[0].numel() / max(args[0].shape[-1], 1) * matrices
+    return _rows(args[0]) * matrices
 
 
 @_rule("aten::_trilinear")
@@ -135,5 +143,6 @@ def _trilinear(args: tuple[Any, ...], output: Any, count: Count) -> float:
         for axis in sorted(expand):
             shape.insert(axis, 1)
         spaces.append(shape)
-    whole = math.prod(torch.broadcast_shapes(*spaces))
-    return whole * (count(args[1]) / max(args[1].numel(), 1))
+    weight: Tensor = args[1]
+    whole: int = math.prod(torch.broadcast_shapes(*spaces))
+    return whole * (count(weight) / max(weight.numel(), 1))

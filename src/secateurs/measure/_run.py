@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.batch import call, device_of, leaves, move
+from ..core.batch import call, leaves, move
 from ..core.errors import DataError, ModelError
 
-__all__ = ["batches", "evaluating", "forward", "watched"]
+__all__ = ["batches", "evaluating", "forward", "slow_attention", "watched"]
 
 
 @contextmanager
@@ -28,13 +29,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def forward(model: nn.Module, inputs: Any) -> Any:
-    """The model's output for example inputs, moved to the model's device first.
+    """The model's output for example inputs, which move to the model's device first if it has tensors of its own.
 
     Raises:
         ModelError: the forward pass fails; the message has the shapes given, the cause is chained.
     """
     try:
-        return call(model, move(inputs, device_of(model)))
+        placed = next(chain(model.parameters(), model.buffers()), None)
+        return call(model, inputs if placed is None else move(inputs, placed.device))
     except Exception as error:
         shapes = ", ".join(str(tuple(t.shape)) for t in leaves(inputs)) or "no tensor"
         raise ModelError(

@@ -7,7 +7,7 @@ hand, pass it as `reference`: what was low before is no sign of collapse.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,8 +20,12 @@ from ._run import evaluating, forward, slow_attention, watched
 
 __all__ = ["ActivationRow", "Symptom", "activation_table", "collapse", "dead_weights", "effective_rank", "few_units"]
 
-Kind = Literal["few units", "few weights", "zero filters", "zero weight", "not a number", "constant", "dead channels", "low rank"]
-ROWS, CHANNELS = 256, 256
+Kind = Literal[
+    "few units", "few weights", "zero filters", "zero weight", "not a number", "constant", "dead channels", "low rank"
+]
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+# Samples and channels from which the effective rank is taken, and the least spread of a channel that counts as live.
+ROWS, CHANNELS, LIVE = 256, 256, 1e-5
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,10 @@ class ActivationRow:
         finite: whether it has neither NaN nor infinities.
         spread: standard deviation within channels as a share of the root mean square of the output, in [0, 1];
             0 for a constant output.
-        live: share of channels whose standard deviation is above 1e-4 of the root mean square.
+        live: share of channels whose standard deviation is above 1e-5 of the root mean square.
         rank: effective rank of the correlations between live channels, at least 1; 0 where none is live.
-        most: the largest rank that the number of samples and channels allows.
+        most: the largest rank to expect: the number of channels, or half the number of samples if that is less.
+            Positions are not counted as samples: fresh attention gives all positions the same output.
     """
 
     layer: str
@@ -72,13 +77,14 @@ class ActivationRow:
 
 def collapse(
     model: nn.Module,
-    data: Iterable[Any],
+    data: Any,
     *,
     reference: nn.Module | None = None,
     kept: Mapping[str, int] | None = None,
     sizes: Mapping[str, int] | None = None,
     floor: float = 0.05,
-    spread_floor: float = 1e-4,
+    weight_floor: float = 0.01,
+    spread_floor: float = 1e-5,
     live_floor: float = 0.05,
     rank_floor: float = 1.5,
     batches: int = 4,
@@ -87,21 +93,23 @@ def collapse(
 
     Args:
         model: the pruned model, masked or cut; run in evaluation mode and left as it was.
-        data: iterable of batches, of which `batches` are used; targets are not. Example inputs go in a list of one.
+        data: iterable of batches, of which `batches` are used, or one tensor or dict of example inputs. Targets are
+            not used.
         reference: the model before pruning; layers of the same name that were as low there are not reported.
         kept, sizes: units kept and units there were, by group, where a decision is to be judged.
-        floor: smallest share of units, or of non-zero weights, of a group or tensor.
+        floor: smallest share of a group's units.
+        weight_floor: smallest share of a tensor's entries that are not zero.
         spread_floor, live_floor, rank_floor: as `ActivationRow.spread`, `.live`, `.rank`. The rank is judged where
-            at least eight samples and four channels allow it.
+            there are at least eight samples (not positions) and four channels.
 
     Raises:
         DataError: the data is empty.
         ModelError: the forward pass fails.
         OptionError: `kept` without `sizes`, or of other groups.
     """
-    shown = take(data, batches, "data")
+    shown = _shown(data, batches)
     found = [] if kept is None else list(few_units(kept, sizes or {}, floor))
-    found += dead_weights(model, floor, reference)
+    found += dead_weights(model, weight_floor, reference)
     before = {} if reference is None else {row.layer: row for row in activation_table(reference, shown)}
     for row in activation_table(model, shown):
         found += _symptoms_of(row, before.get(row.layer), spread_floor, live_floor, rank_floor)
@@ -130,15 +138,15 @@ def few_units(kept: Mapping[str, int], sizes: Mapping[str, int], floor: float = 
     )
 
 
-def dead_weights(model: nn.Module, floor: float = 0.05, reference: nn.Module | None = None) -> tuple[Symptom, ...]:
+def dead_weights(model: nn.Module, floor: float = 0.01, reference: nn.Module | None = None) -> tuple[Symptom, ...]:
     """Weights without a non-zero, with fewer than `floor` of them, or with filters (output rows) of zeros.
 
-    Looked at are parameters with two or more axes and "weight" in their name.
+    Looked at are parameters with two or more axes and "weight" in their name; rows of embeddings are no filters.
 
     Args:
         model: read only.
         floor: smallest share of non-zero entries.
-        reference: the model before pruning; shares are of its entries, and weights that were as empty there pass.
+        reference: the model before pruning; shares are of its entries, and what was zero there is not counted.
     """
     before = {} if reference is None else dict(reference.named_parameters())
     modules = dict(model.named_modules())
@@ -146,21 +154,22 @@ def dead_weights(model: nn.Module, floor: float = 0.05, reference: nn.Module | N
     for name, weight in model.named_parameters():
         if weight.dim() < 2 or not weight.numel() or "weight" not in name.rpartition(".")[2]:
             continue
-        whole = before.get(name, weight).numel()
-        share = int(weight.count_nonzero()) / max(whole, 1)
-        axis = 1 if getattr(modules[name.rpartition(".")[0]], "transposed", False) else 0
-        empty = _empty_filters(weight, axis)
-        if name in before and before[name].dim() > axis:
-            empty = max(0.0, empty - _empty_filters(before[name], axis))
-            whole = 0 if not before[name].count_nonzero() else whole
-        if whole:
-            found += _weight_symptoms(name, share, floor, empty)
+        owner, other = modules[name.rpartition(".")[0]], before.get(name, weight)
+        if other is not weight and not other.count_nonzero():
+            continue
+        share = int(weight.count_nonzero()) / other.numel()
+        empty = _empty_filters(owner, weight) - (0.0 if other is weight else _empty_filters(owner, other))
+        found += _weight_symptoms(name, share, floor, empty)
     return tuple(found)
 
 
-def _empty_filters(weight: Tensor, axis: int) -> float:
+def _empty_filters(owner: nn.Module, weight: Tensor) -> float:
+    """Share of filters that are all zero."""
+    if isinstance(owner, EMBEDDINGS):
+        return 0.0
+    axis = 1 if getattr(owner, "transposed", False) else 0
     rows = weight.detach().movedim(axis, 0).flatten(1)
-    return (rows == 0).all(1).double().mean().item()
+    return float((rows == 0).all(1).double().mean())
 
 
 def _weight_symptoms(name: str, share: float, floor: float, empty: float) -> list[Symptom]:
@@ -202,25 +211,26 @@ def _not_finite(layer: str) -> Symptom:
     return Symptom(layer, "not a number", float("nan"), 0.0, True, advice)
 
 
-def activation_table(model: nn.Module, data: Iterable[Any]) -> tuple[ActivationRow, ...]:
+def activation_table(model: nn.Module, data: Any) -> tuple[ActivationRow, ...]:
     """One row for each module with parameters of its own that is called and yields numbers, in the order of return.
 
-    Layers whose output has fewer than two samples and positions are left out: nothing can vary there.
+    Embeddings are left out, since they only look up (token types may well be all the same), and so are layers whose
+    output has a single sample and position, where nothing can vary.
 
     Args:
         model: run in evaluation mode and left as it was.
-        data: iterable of batches, all of them used; targets are not.
+        data: iterable of batches, all of them used, or one tensor or dict. Targets are not used.
 
     Raises:
         DataError: the data is empty.
         ModelError: the forward pass fails.
     """
-    shown = take(data, None, "data")
+    shown = _shown(data)
     seen: dict[str, _Activations] = {}
 
     def leave(name: str, module: nn.Module, output: Any) -> None:
         tensor = next((t for t in leaves(output) if t.is_floating_point() and t.dim() > 1 and t.numel()), None)
-        if tensor is None or not any(True for _ in module.parameters(recurse=False)):
+        if tensor is None or isinstance(module, EMBEDDINGS) or next(module.parameters(recurse=False), None) is None:
             return
         if name not in seen:
             seen[name] = _Activations(max(2, ROWS // len(shown)))
@@ -230,6 +240,11 @@ def activation_table(model: nn.Module, data: Iterable[Any]) -> tuple[ActivationR
         for batch in shown:
             forward(model, split(batch)[0])
     return tuple(stats.row(name) for name, stats in seen.items() if stats.count > 1)
+
+
+def _shown(data: Any, limit: int | None = None) -> list[Any]:
+    """The first batches; a tensor or a mapping is one batch by itself."""
+    return [data] if isinstance(data, (Tensor, Mapping)) else take(data, limit, "data")
 
 
 def _channel_axis(module: nn.Module, output: Tensor) -> int:
@@ -243,6 +258,7 @@ class _Activations:
     def __init__(self, rows: int) -> None:
         self.rows = rows
         self.count = 0
+        self.samples = 0
         self.finite = True
         self.total: Tensor | float = 0.0
         self.square: Tensor | float = 0.0
@@ -251,6 +267,7 @@ class _Activations:
     def add(self, output: Tensor, axis: int) -> None:
         samples = output.movedim(axis, -1).flatten(0, -2)
         self.count += samples.shape[0]
+        self.samples += output.shape[0]
         self.finite = self.finite and bool(samples.isfinite().all())
         wide = samples.cpu().double()
         self.total = self.total + wide.sum(0)
@@ -260,12 +277,12 @@ class _Activations:
     def row(self, layer: str) -> ActivationRow:
         total, square = torch.as_tensor(self.total), torch.as_tensor(self.square)
         samples = torch.cat(self.kept)
-        most = min(samples.shape[1], samples.shape[0] // 2)
+        most = min(samples.shape[1], self.samples // 2)
         if not self.finite:
             return ActivationRow(layer, False, float("nan"), float("nan"), float("nan"), most)
         variance = (square / self.count - (total / self.count).square()).clamp(min=0)
         scale = (square.mean() / self.count).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
-        live = variance.sqrt() > 1e-4 * scale
+        live = variance.sqrt() > LIVE * scale
         spread = (variance.mean().sqrt() / scale).item()
         return ActivationRow(layer, True, spread, live.double().mean().item(), effective_rank(samples), most)
 
@@ -294,4 +311,4 @@ def effective_rank(samples: Tensor) -> float:
         return 0.0
     values = torch.linalg.svdvals(centred[:, live] / norms[live]).square()
     shares = values / values.sum()
-    return torch.special.entr(shares).sum().exp().item()
+    return float(torch.special.entr(shares).sum().exp())

@@ -231,13 +231,15 @@ def _cuda_seconds(model: nn.Module, inputs: Any, device: torch.device) -> float:
         forward(model, inputs)
         end.record()
         end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return float(start.elapsed_time(end)) / 1e3
 
 
 def _device(model: nn.Module) -> torch.device:
     device = device_of(model)
     if device.type == "meta":
-        raise ModelError(f"{type(model).__name__} is on the meta device, where nothing is computed: no time to measure.")
+        raise ModelError(
+            f"{type(model).__name__} is on the meta device, which computes nothing: move it to a real one."
+        )
     return device
 
 

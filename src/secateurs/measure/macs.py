@@ -25,6 +25,7 @@ from ._run import evaluating, forward, slow_attention, watched
 
 __all__ = ["Trace", "macs", "macs_by_module", "paper_flops", "trace"]
 
+
 @dataclass(frozen=True)
 class Trace:
     """What one forward pass did, by qualified module name, in the order in which modules were first entered.
@@ -78,7 +79,7 @@ class _Counter(TorchDispatchMode):
     """A dispatch mode that adds up MACs under the module on top of a stack."""
 
     def __init__(self, count: Count) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # PyTorch leaves it unannotated
         self.count = count
         self.stack = [""]
         self.macs: dict[str, float] = {}
@@ -103,7 +104,7 @@ class _Counter(TorchDispatchMode):
         return output
 
     def _unlisted(self, func: Any, args: Any, kwargs: Any) -> Any:
-        # Under inference mode composite ops (linear, matmul …) arrive whole; run inside this mode, their parts are seen.
+        # Under inference mode composite ops (linear, matmul …) arrive whole; run inside this mode, their parts show.
         if func.namespace != "prim":
             with self:
                 output = func.decompose(*args, **kwargs)

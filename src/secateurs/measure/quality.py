@@ -177,7 +177,9 @@ def _answers(model: nn.Module, data: Iterable[Any], causal: bool) -> Iterator[Se
         with evaluating(model), torch.no_grad():
             output = forward(model, inputs)
         if main_output(output).isnan().any():
-            raise ModelError(f"the output of {type(model).__name__} has NaN in batch {place}: no metric means anything.")
+            raise ModelError(
+                f"the output of {type(model).__name__} has NaN in batch {place}: look for it in the weights or inputs."
+            )
         yield Seen(inputs, target, output, causal)
 
 
@@ -319,7 +321,9 @@ def agreement(first: nn.Module, second: nn.Module, data: Iterable[Any]) -> Agree
             cosines.append(_cosines(a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)))
             same.append((a.argmax(-1) == b.argmax(-1)).flatten())
     every = torch.cat(cosines)
-    return Agreement(torch.stack(largest).amax().item(), every.mean().item(), torch.cat(same).double().mean().item(), every.numel())
+    return Agreement(
+        torch.stack(largest).amax().item(), every.mean().item(), torch.cat(same).double().mean().item(), every.numel()
+    )
 
 
 def _cosines(a: Tensor, b: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def recalibrate_batch_norm(model: nn.Module, data: Iterable[Any], *, batches: in
     Raises:
         DataError: there is no batch.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
         return 0
     chosen = take(data, batches)

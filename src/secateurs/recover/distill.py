@@ -56,7 +56,7 @@ def distillation_loss(student: Any, teacher: Any, temperature: float = 4.0, targ
     logits, guide = main_output(student), main_output(teacher).detach()
     if logits.shape != guide.shape:
         raise OptionError(
-            f"the student's output has shape {list(logits.shape)} and the teacher's {list(guide.shape)}; they must agree."
+            f"the student's output has shape {list(logits.shape)}, the teacher's {list(guide.shape)}; they must agree."
         )
     log_p = F.log_softmax(logits.float() / temperature, -1)
     log_q = F.log_softmax(guide.float() / temperature, -1)

@@ -130,7 +130,7 @@ class Masks(Mapping[str, Tensor]):
         inner = getattr(optimizer, "optimizer", optimizer)
         if isinstance(inner, LBFGS):
             raise OptionError(
-                "LBFGS moves all weights along one line built from past steps, so it cannot keep masks; use SGD or Adam."
+                "LBFGS moves all weights along one line built from past steps, so masks do not hold; use SGD or Adam."
             )
         held = {id(p) for group in inner.param_groups for p in group["params"]}
         if self._keep and not any(id(p) in held for _, p in self._parameters()):
@@ -302,7 +302,7 @@ class Masks(Mapping[str, Tensor]):
             self.check()
         if self._fate.restore:
             if any(callable(a) for a in (*args[1:], *kwargs.values())):
-                raise OptionError("revive='value' cannot be kept if optimizer.step gets a closure; call it without one.")
+                raise OptionError("revive='value' needs optimizer.step without a closure: call backward before it.")
             self._reveal()
 
     @torch.no_grad()

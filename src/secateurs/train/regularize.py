@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,7 @@ __all__ = ["slimming_penalty", "soft_filter_step"]
 
 @torch.no_grad()
 def slimming_penalty(model: nn.Module, strength: float = 1e-4) -> Tensor:
-    """`strength · Σ|γ|` over all batch-norm scales, after its subgradient `strength · sign(γ)` was added to their gradients.
+    """`strength · Σ|γ|` over all batch-norm scales, with `strength · sign(γ)` added to their gradients.
 
     Call it between `loss.backward()` and `optimizer.step()`. sign(0) = 0, so a scale that reached zero is not pushed.
     Network slimming (Liu et al., ICCV 2017, arXiv 1708.06519).
@@ -32,17 +34,21 @@ def slimming_penalty(model: nn.Module, strength: float = 1e-4) -> Tensor:
     norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     scales = [m.weight for m in norms if m.weight is not None and m.weight.requires_grad]
     if not scales:
-        raise ModelError(f"{type(model).__name__} has no batch norm with a trainable scale, so there is nothing to slim.")
-    if any(scale.grad is None for scale in scales):
+        raise ModelError(f"{type(model).__name__} has no batch norm with a trainable scale: there is nothing to slim.")
+    gradients = [scale.grad for scale in scales if scale.grad is not None]
+    if len(gradients) < len(scales):
         raise OptionError("slimming_penalty adds to gradients: call it after loss.backward().")
-    for scale in scales:
-        scale.grad += strength * scale.sign()
+    for scale, gradient in zip(scales, gradients, strict=True):
+        gradient.add_(scale.sign(), alpha=strength)
     return strength * torch.stack([scale.abs().sum() for scale in scales]).sum()
 
 
 @torch.no_grad()
 def soft_filter_step(
-    model: nn.Module, sparsity: float = 0.3, scope: str | tuple[str, ...] | None = None, ignore: str | tuple[str, ...] = ()
+    model: nn.Module,
+    sparsity: float = 0.3,
+    scope: str | Sequence[str] | None = None,
+    ignore: str | Sequence[str] = (),
 ) -> dict[str, Tensor]:
     """Per convolution weight the bool mask [filters] of those kept, after the others were zeroed; nothing is frozen.
 

@@ -1,4 +1,4 @@
-"""Training state in one safetensors file: any nest of tensors and plain values, without pickle.
+"""Any nest of tensors and plain values in one safetensors file, without pickle.
 
 The tensors are the file's tensors; everything else is JSON in its header. One file, written under a temporary name and
 renamed, is never half there.
@@ -16,11 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..core.errors import FileError, OptionError
+from .errors import FileError, OptionError
 
 __all__ = ["flatten", "read_state", "unflatten", "write_state"]
 
-_FORMAT = "secateurs-state"
 _VERSION = "1"
 
 
@@ -65,15 +64,20 @@ def unflatten(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
     return tuple(unflatten(tensors, value) for value in content)
 
 
-def write_state(path: str | Path, tree: Any) -> None:
+def write_state(path: str | Path, tree: Any, kind: str = "training state") -> None:
     """None; `tree` is in the file `path` when this returns, and the file before it is whole until then.
+
+    Args:
+        path: of the file; folders above it are made.
+        tree: as in `flatten`.
+        kind: what the tree is, in two words; `read_state` asks for the same.
 
     Raises:
         OptionError: the tree holds something that is neither a tensor nor a plain value.
     """
     target = Path(path)
     tensors, skeleton = flatten(tree)
-    header = {"format": _FORMAT, "version": _VERSION, "tree": json.dumps(skeleton)}
+    header = {"format": f"secateurs {kind}", "version": _VERSION, "tree": json.dumps(skeleton)}
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
@@ -85,7 +89,7 @@ def write_state(path: str | Path, tree: Any) -> None:
         draft.unlink(missing_ok=True)
 
 
-def read_state(path: str | Path) -> Any:
+def read_state(path: str | Path, kind: str = "training state") -> Any:
     """The tree in a file of `write_state`, its tensors on the CPU.
 
     Raises:
@@ -96,12 +100,12 @@ def read_state(path: str | Path) -> Any:
             header = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError) as error:
-        raise FileError(f"{path} cannot be read as training state ({error}); delete it to start again.") from error
-    if header.get("format") != _FORMAT:
-        raise FileError(f"{path} is a safetensors file but not training state of secateurs.")
+        raise FileError(f"{path} cannot be read as {kind} ({error}); it is missing, truncated or damaged: make it again.") from error
+    if header.get("format") != f"secateurs {kind}":
+        raise FileError(f"{path} is a safetensors file but not {kind} of secateurs.")
     if header.get("version") != _VERSION:
         raise FileError(
-            f"{path} holds training state of version {header.get('version')!r}; this release reads {_VERSION!r} only."
+            f"{path} holds {kind} of version {header.get('version')!r}; this release reads {_VERSION!r} only."
         )
     return unflatten(tensors, json.loads(header["tree"]))
 
@@ -117,7 +121,7 @@ def _encode(value: Any, path: str, store: Callable[[Tensor, str], str]) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise OptionError(
-        f"the training state holds a {type(value).__name__} at {path or '/'}; only tensors, numbers, strings, lists "
+        f"the state holds a {type(value).__name__} at {path or '/'}; only tensors, numbers, strings, lists "
         "and mappings can be stored without pickle."
     )
 
@@ -125,4 +129,4 @@ def _encode(value: Any, path: str, store: Callable[[Tensor, str], str]) -> Any:
 def _key(key: Any, path: str) -> str | int:
     if isinstance(key, (str, int)) and not isinstance(key, bool):
         return key
-    raise OptionError(f"the training state has a key of type {type(key).__name__} at {path or '/'}; use a string.")
+    raise OptionError(f"the state has a key of type {type(key).__name__} at {path or '/'}; use a string.")

@@ -17,7 +17,7 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
     """Copies on the CPU of all parameters and persistent buffers, to come back to with `restore` or `rewind`.
 
     Take it before training for the lottery ticket's initial weights (Frankle & Carbin, arXiv 1803.03635), or a few
-    epochs in for late rewinding. To keep it on disk: `train.checkpoint.write_state`.
+    epochs in for late rewinding. To keep it on disk: `core.state.write_state`.
     """
     return {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
 
@@ -33,8 +33,8 @@ def restore(model: nn.Module, saved: Mapping[str, Tensor], *, buffers: bool = Tr
     wrong = [name for name, value in state.items() if name not in saved or saved[name].shape != value.shape]
     if wrong:
         raise PlanError(
-            f"the saved weights are of another model: {', '.join(wrong[:3])} missing or of another shape; for a cut model, "
-            "cut the saved one by the same plan first."
+            f"the saved weights are of another model: {', '.join(wrong[:3])} missing or of another shape; for a cut "
+            "model, cut the saved one by the same plan first."
         )
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, value in state.items():

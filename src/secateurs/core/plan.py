@@ -1,0 +1,246 @@
+"""The decision as data: what goes, why, and for which budget. It knows no model; see `graph.plan` for its application."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .allocate import allocate, floor_counts
+from .budget import Budget
+from .cost import CostModel
+from .errors import BudgetError, OptionError, PlanError
+from .fit import fit
+from .select import n_of_m, top
+from .units import Group, WeightGroup
+
+__all__ = ["Plan", "Recipe", "Step", "decide", "pack", "unpack"]
+
+Measure = Callable[[Mapping[str, int]], float]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a plan was made: enough to make it again from the same model.
+
+    Args:
+        budget: what was asked.
+        criterion, criterion_options: how units were scored.
+        allocation, allocation_options: how much from where.
+        granularity: what a unit is, as given by the user.
+        floor: fewest units that stay in a group: a count, or a share of the group.
+        round_to: kept counts are multiples of this, since hardware likes them; 1 for any.
+        seed: of everything random.
+    """
+
+    budget: Budget
+    criterion: str = "magnitude"
+    criterion_options: Mapping[str, Any] = field(default_factory=dict)
+    allocation: str = "global"
+    allocation_options: Mapping[str, Any] = field(default_factory=dict)
+    granularity: str = "channel"
+    floor: int | float = 1
+    round_to: int = 1
+    seed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain JSON values."""
+        return {**vars(self), "budget": str(self.budget)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """The recipe that `to_dict` wrote."""
+        return cls(**{**data, "budget": Budget.parse(data["budget"])})
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a plan does to one group: the units chosen, and the tensors that go along.
+
+    Args:
+        group: its name.
+        kind: what a unit is.
+        size, kept: number of units before and after.
+        chosen: the tensor that produces the units.
+        along: the other tensors that are cut with it.
+    """
+
+    group: str
+    kind: str
+    size: int
+    kept: int
+    chosen: str
+    along: tuple[str, ...]
+
+    def __str__(self) -> str:
+        also = f"; also {', '.join(self.along[:3])}{' …' if len(self.along) > 3 else ''}" if self.along else ""
+        return f"{self.group}: {self.size - self.kept} of {self.size} {self.kind}s go{also}"
+
+
+def decide(
+    groups: Sequence[Group],
+    scores: Mapping[str, Tensor],
+    costs: CostModel,
+    recipe: Recipe,
+    measure: Measure | None = None,
+) -> dict[str, Tensor]:
+    """Which units stay: bool [units] per group, meeting the recipe's budget.
+
+    Args:
+        groups: what can go.
+        scores: float [units] per group, higher stays.
+        costs: as functions of the kept counts.
+        recipe: budget, allocation, floor and rounding are used.
+        measure: seconds of a model with given kept counts; for latency and speed-up limits.
+
+    Raises:
+        BudgetError: the budget cannot be met; it names the nearest that can.
+    """
+    if recipe.budget.pattern is not None:
+        return _by_pattern(groups, scores, recipe.budget)
+    sizes = {g.name: g.size for g in groups}
+    floors = floor_counts(sizes, recipe.floor)
+    shapes = {g.name: g.shape for g in groups if isinstance(g, WeightGroup)}
+
+    def allocated(keep_total: int) -> dict[str, int]:
+        return allocate(
+            recipe.allocation,
+            scores,
+            keep_total,
+            shapes=shapes or None,
+            floors=floors,
+            **recipe.allocation_options,
+        )
+
+    counts = fit(
+        recipe.budget,
+        allocate=allocated,
+        total_units=sum(sizes.values()),
+        minimum_units=sum(floors.values()),
+        costs=costs,
+        sizes=sizes,
+        measure=measure,
+        round_to=recipe.round_to,
+        floors=floors,
+    )
+    return {name: top(scores[name], count) for name, count in counts.items()}
+
+
+def _by_pattern(groups: Sequence[Group], scores: Mapping[str, Tensor], budget: Budget) -> dict[str, Tensor]:
+    pattern = budget.pattern
+    assert pattern is not None
+    if budget.limits:
+        raise BudgetError(f"{pattern} fixes the sparsity, so it cannot be joined with {budget.limits[0]}.")
+    keep: dict[str, Tensor] = {}
+    for group in groups:
+        if not isinstance(group, WeightGroup) or group.block != (1, 1):
+            raise OptionError(f"{pattern} is a pattern of single weights; {group.name} has {group.kind} units.")
+        # Consecutive inputs: the input axis last, so that a kernel's positions are patterns of their own.
+        rows = scores[group.name].view(group.shape).movedim(1, -1)
+        mask = n_of_m(rows.flatten(0, -2), pattern.keep, pattern.of)
+        keep[group.name] = mask.view(rows.shape).movedim(-1, 1).flatten()
+    return keep
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A decision over groups of units, with everything needed to make it again for another budget.
+
+    Args:
+        groups: what could go.
+        scores: float32 [units] per group.
+        keep: bool [units] per group.
+        costs: of the model as functions of the kept counts.
+        recipe: how the decision was made.
+        warnings: what a person should know before applying it.
+    """
+
+    groups: tuple[Group, ...]
+    scores: Mapping[str, Tensor]
+    keep: Mapping[str, Tensor]
+    costs: CostModel
+    recipe: Recipe
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Units kept per group."""
+        return {name: int(mask.sum()) for name, mask in self.keep.items()}
+
+    @property
+    def sparsity(self) -> float:
+        """The share of units removed, over all groups."""
+        return 1 - sum(self.counts.values()) / max(sum(g.size for g in self.groups), 1)
+
+    def cost(self, metric: str, relative: bool = True) -> float:
+        """What is left of "params", "macs" or "bytes": a share of the whole model, or the figure itself."""
+        left = self.costs.total(metric, self.counts)
+        return left / self.costs.total(metric) if relative else left
+
+    def steps(self) -> tuple[Step, ...]:
+        """What is done, largest change first; groups that stay whole are left out."""
+        counts = self.counts
+        steps = [
+            Step(g.name, g.kind, g.size, counts[g.name], g.tensors[0], g.tensors[1:])
+            for g in self.groups
+            if counts[g.name] < g.size
+        ]
+        return tuple(sorted(steps, key=lambda s: s.kept / s.size))
+
+    def rebudget(self, budget: str | Budget, measure: Measure | None = None) -> Plan:
+        """The plan for another budget from the same scores; nothing is scored again.
+
+        Raises:
+            BudgetError: the budget cannot be met, or is a time and `measure` is missing.
+        """
+        recipe = replace(self.recipe, budget=Budget.parse(budget))
+        return replace(self, recipe=recipe, keep=decide(self.groups, self.scores, self.costs, recipe, measure))
+
+    def diff(self, other: Plan) -> dict[str, tuple[int, int, int]]:
+        """Where two plans differ: per group (kept here only, kept there only, kept by both).
+
+        Raises:
+            PlanError: the plans are over other groups.
+        """
+        if {g.name: g.size for g in self.groups} != {g.name: g.size for g in other.groups}:
+            raise PlanError("these plans are over different groups of units and cannot be compared.")
+        out: dict[str, tuple[int, int, int]] = {}
+        for name, mine in self.keep.items():
+            theirs = other.keep[name]
+            if not torch.equal(mine, theirs):
+                both = int((mine & theirs).sum())
+                out[name] = (int(mine.sum()) - both, int(theirs.sum()) - both, both)
+        return out
+
+    def same_as(self, other: Plan) -> bool:
+        """Whether both plans keep exactly the same units."""
+        return not self.diff(other)
+
+    def __str__(self) -> str:
+        left = {m: self.cost(m) for m in ("macs", "params") if m in self.costs.metrics}
+        lines = [
+            f"budget {self.recipe.budget}: {', '.join(f'{share:.1%} of {metric}' for metric, share in left.items())} left; "
+            f"{self.recipe.criterion}, {self.recipe.allocation}, {len(self.groups)} groups of {self.recipe.granularity}"
+        ]
+        steps = self.steps()
+        lines += [f"  {step}" for step in steps[:10]]
+        if len(steps) > 10:
+            lines.append(f"  and {len(steps) - 10} more groups")
+        if not steps:
+            lines.append("  nothing to do: the model meets the budget as it is")
+        return "\n".join([*lines, *(f"  warning: {w}" for w in self.warnings)])
+
+
+def pack(mask: Tensor) -> Tensor:
+    """A bool mask [n] as bits: uint8 [ceil(n / 8)], the first entry in the lowest bit."""
+    flat = mask.flatten().to(torch.uint8)
+    padded = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
+    return (padded << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def unpack(bits: Tensor, n: int) -> Tensor:
+    """The bool mask [n] that `pack` packed."""
+    return (bits[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten()[:n].bool()

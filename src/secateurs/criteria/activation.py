@@ -1,0 +1,119 @@
+"""Activation criteria: what layers see and make on calibration data. They need data but no labels.
+
+Every token and every pixel is an observation, padding included: leave padded tokens out of calibration data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .evidence import Moments, Visitor, observe, values
+from .layers import column_energy, layers, out_axis, output_rows, sees_input
+from .lifting import Lift, owner, resolve
+from .registry import criterion
+
+__all__ = ["activation_norm", "activation_variance", "input_norms", "output_moments", "wanda"]
+
+# Outputs belong to the axis that makes them, so which members and tensors count is no option.
+_PRODUCERS: dict[str, Any] = {
+    "groups": ("channel",),
+    "lift": Lift(members="out"),
+    "fixed": ("members", "tensors"),
+    "needs": ("data",),
+}
+
+
+@criterion("wanda", needs=("data",), paper="Sun et al. 2024, arXiv 2306.11695, equation 1")
+def wanda(model: nn.Module, names: Sequence[str], *, data: Sequence[Any], seed: int) -> dict[str, Tensor]:
+    """|w_ij|·||x_j||_2, with x_j the input feature that the weight multiplies, over all tokens of the data.
+
+    Defined for weights of Linear, Conv1d/2d/3d (a feature is a channel at a kernel offset, as in the unfolded input),
+    Embedding (x is one-hot) and Hugging Face's Conv1D. Tensors of other layers in a channel group do not count. The
+    paper compares within each output row; that is a matter of selection.
+
+    Args:
+        model, names, data, seed: see `input_norms`.
+    """
+    norms = input_norms(model, names, data, seed=seed)
+    return {n: w.abs() * norms[n].to(w) for n, w in values(model, tuple(norms)).items()}
+
+
+@criterion("activation-norm", finish=torch.sqrt, paper="cf. Hu et al. 2016, arXiv 1607.03250", **_PRODUCERS)
+def activation_norm(model: nn.Module, names: Sequence[str], *, data: Sequence[Any], seed: int) -> dict[str, Tensor]:
+    """The root mean square of a unit's output, before any norm or nonlinearity; over its positions the root of the sum.
+
+    The layers that make the unit count (Linear, Conv, ConvTranspose without groups, Embedding, Hugging Face's Conv1D).
+
+    Args:
+        model, names, data, seed: see `output_moments`.
+    """
+    moments = output_moments(model, names, data, seed=seed)
+    return {n: _along_outputs(model, n, m.mean_square) for n, m in moments.items()}
+
+
+@criterion("activation-variance", paper="cf. An et al. 2024, arXiv 2312.11983", **_PRODUCERS)
+def activation_variance(model: nn.Module, names: Sequence[str], *, data: Sequence[Any], seed: int) -> dict[str, Tensor]:
+    """The variance of a unit's output over observations, summed over its positions: what a constant cannot replace.
+
+    Args:
+        model, names, data, seed: see `output_moments`; layers as for `activation_norm`.
+    """
+    moments = output_moments(model, names, data, seed=seed)
+    return {n: _along_outputs(model, n, m.variance) for n, m in moments.items()}
+
+
+def input_norms(model: nn.Module, names: Sequence[str], data: Sequence[Any], *, seed: int = 0) -> dict[str, Tensor]:
+    """||x_j||_2 for each weight of the layers named: parameter name -> float64, broadcastable to the parameter.
+
+    Args:
+        model: any model that calls its layers.
+        names: parameters; those that are no weight of a known layer (see `layers`) are left out.
+        data: batches.
+        seed: see `preserved`.
+    """
+    known = {n: module for n, module in layers(model, names).items() if sees_input(module)}
+    energies: dict[str, Tensor] = {}
+
+    def visitor(name: str) -> Visitor:
+        def visit(module: nn.Module, given: Tensor, made: Tensor) -> None:
+            energy = column_energy(module, given)
+            energies[name] = energies[name] + energy if name in energies else energy
+
+        return visit
+
+    observe(model, data, {_module(n): visitor(n) for n in known}, seed=seed)
+    return {n: energies[n].sqrt() for n in known}
+
+
+def output_moments(model: nn.Module, names: Sequence[str], data: Sequence[Any], *, seed: int = 0) -> dict[str, Moments]:
+    """Count, mean and variance of each output position of the layers named: parameter name -> moments [outputs].
+
+    Args:
+        model, names, data, seed: see `input_norms`.
+    """
+    known = layers(model, names)
+    moments: dict[str, Moments] = {}
+
+    def visitor(name: str) -> Visitor:
+        def visit(module: nn.Module, given: Tensor, made: Tensor) -> None:
+            found = Moments.of(output_rows(module, made))
+            moments[name] = moments[name].merge(found) if name in moments else found
+
+        return visit
+
+    observe(model, data, {_module(n): visitor(n) for n in known}, seed=seed)
+    return {n: moments[n] for n in known}
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _along_outputs(model: nn.Module, name: str, outputs: Tensor) -> Tensor:
+    """`outputs` [outputs] along the weight's output axis, of size one along its other axes."""
+    rank = resolve(model, [name])[name].dim()
+    return outputs.view([-1 if i == out_axis(owner(model, name)) else 1 for i in range(rank)])

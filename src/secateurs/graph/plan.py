@@ -1,0 +1,167 @@
+"""A plan for a model: it can be applied as zeros or as a cut, saved, and applied again elsewhere with the same result."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.cost import CostModel
+from ..core.errors import FileError, PlanError
+from ..core.plan import Plan, Recipe, pack, unpack
+from ..core.state import read_state, write_state
+from ..core.units import ChannelGroup, WeightGroup
+from .cut import check_fits, cut, element_masks, mask, prove
+from .structure import Structure, fingerprint
+from .twin import named_tensors
+
+__all__ = ["ModelPlan", "digest"]
+
+_KIND = "plan"
+
+
+def digest(model: nn.Module) -> str:
+    """A digest of names, shapes, dtypes and values of all parameters and buffers."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(named_tensors(model), key=lambda item: item[0]):
+        sha.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class ModelPlan(Plan):
+    """A `Plan` over the units of one model.
+
+    Args:
+        fingerprint: of the names and shapes of the model's tensors.
+        digest: of their values, too; a plan may be applied to other values, such as fine-tuned or rewound ones.
+        structure: for channel units, what the shape algebra found; None for single weights.
+        example_inputs: what the model is run on to prove a cut.
+    """
+
+    fingerprint: str = ""
+    digest: str = ""
+    structure: Structure | None = None
+    example_inputs: Any = None
+
+    def masks(self, model: nn.Module) -> dict[str, Tensor]:
+        """For each parameter that is touched, the bool mask of the entries that stay, in its shape."""
+        return element_masks(self.groups, self.keep, {n: p.shape for n, p in model.named_parameters()})
+
+    def mask(self, model: nn.Module) -> nn.Module:
+        """A copy of `model` in which everything that goes is zero; it is neither smaller nor faster.
+
+        Raises:
+            PlanError: the plan is for another model.
+        """
+        self.check(model)
+        return mask(model, self.groups, self.keep)
+
+    def cut(self, model: nn.Module) -> nn.Module:
+        """A smaller copy of `model`, proven equal to `mask(model)` on the example inputs.
+
+        Raises:
+            PlanError: the plan is for another model, or is about single weights, which cannot be cut out.
+            ProofError: the two forms differ.
+        """
+        return self.proven_cut(model)[0]
+
+    def proven_cut(self, model: nn.Module) -> tuple[nn.Module, float]:
+        """The cut model, and the largest relative difference that the proof found; see `cut`."""
+        self.check(model)
+        if self.structure is None:
+            raise PlanError(
+                f"{self.recipe.granularity} units are entries of a tensor and cannot be cut out of it; "
+                "use plan.mask(model), or granularity='channel' for a smaller model."
+            )
+        smaller = cut(model, self.structure, self.keep)
+        return smaller, prove(mask(model, self.groups, self.keep), smaller, self.example_inputs)
+
+    def check(self, model: nn.Module, values: bool = False) -> None:
+        """Refuse a model that the plan was not made for.
+
+        Args:
+            values: also refuse other weights of the same shapes.
+
+        Raises:
+            PlanError: says which tensor differs.
+        """
+        if self.structure is not None:
+            check_fits(model, self.structure)
+        elif fingerprint(model) != self.fingerprint:
+            _name_difference(model, self.groups)
+        if values and digest(model) != self.digest:
+            raise PlanError("this plan was made from other weights of the same shapes.")
+
+    def save(self, path: str | Path) -> Path:
+        """The path of the file written: one safetensors file, masks packed to bits, the rest as JSON in its header."""
+        tree = {
+            "recipe": self.recipe.to_dict(),
+            "fingerprint": self.fingerprint,
+            "digest": self.digest,
+            "structure": None if self.structure is None else self.structure.to_dict(),
+            "groups": [[g.name, list(g.shape), list(g.block)] for g in self.groups if isinstance(g, WeightGroup)],
+            "costs": self.costs.to_dict(),
+            "keep": {name: [pack(m), len(m)] for name, m in self.keep.items()},
+            "scores": dict(self.scores),
+            "example_inputs": _plain(self.example_inputs),
+            "warnings": list(self.warnings),
+        }
+        write_state(path, tree, _KIND)
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ModelPlan:
+        """The plan in a file of `save`.
+
+        Raises:
+            FileError: the file is missing, damaged, or not a plan.
+        """
+        tree = read_state(path, _KIND)
+        try:
+            structure = None if tree["structure"] is None else Structure.from_dict(tree["structure"])
+            groups: tuple[ChannelGroup | WeightGroup, ...]
+            if structure is not None:
+                groups = structure.groups
+            else:
+                groups = tuple(WeightGroup(n, tuple(shape), (b[0], b[1])) for n, shape, b in tree["groups"])
+            costs = CostModel.from_dict(tree["costs"], {g.name: g.size for g in groups})
+            return cls(
+                groups=groups,
+                scores=tree["scores"],
+                keep={name: unpack(bits, n) for name, (bits, n) in tree["keep"].items()},
+                costs=costs,
+                recipe=Recipe.from_dict(tree["recipe"]),
+                warnings=tuple(tree["warnings"]),
+                fingerprint=tree["fingerprint"],
+                digest=tree["digest"],
+                structure=structure,
+                example_inputs=tree["example_inputs"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileError(f"{path} is not a plan that this release can read: {error!r}.") from error
+
+
+def _name_difference(model: nn.Module, groups: tuple[Any, ...]) -> None:
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for group in groups:
+        if shapes.get(group.name) != group.shape:
+            found = "is missing" if group.name not in shapes else f"has shape {list(shapes[group.name])}"
+            raise PlanError(
+                f"this plan is for another model: {group.name} {found}, the plan expects {list(group.shape)}."
+            )
+    raise PlanError("this plan is for another model: names or shapes of its tensors differ.")
+
+
+def _plain(inputs: Any) -> Any:
+    """Example inputs as plain containers of tensors; a Hugging Face BatchEncoding becomes a dict."""
+    if hasattr(inputs, "items"):
+        return {k: _plain(v) for k, v in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return type(inputs)(_plain(v) for v in inputs)
+    return inputs

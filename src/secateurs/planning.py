@@ -1,0 +1,260 @@
+"""From a model and a budget to a plan: find the units, score them, decide."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+from .core.allocate import get_allocation
+from .core.batch import Loss, take
+from .core.budget import Budget
+from .core.cost import CostModel, Monomial
+from .core.dims import Atom
+from .core.errors import BudgetError, ModelError, OptionError, unknown_name
+from .core.plan import Recipe, decide
+from .core.select import top
+from .core.units import ChannelGroup, Group, WeightGroup
+from .criteria import get_criterion, score
+from .graph.cut import cut
+from .graph.plan import ModelPlan, digest
+from .graph.structure import Structure, fingerprint, infer
+from .measure.collapse import few_units
+from .measure.latency import latency
+from .measure.macs import macs_by_module
+from .measure.params import bytes_in_memory, parameters
+from .train.scope import prunable_weights
+
+__all__ = ["GRANULARITIES", "Granularity", "plan"]
+
+GRANULARITIES = ("channel", "head", "head-size", "weight", "block:ROWSxCOLUMNS")
+_BLOCK = re.compile(r"block:(\d+)x(\d+)")
+# A group that keeps less than this share of its units is warned about, before anything is trained.
+_FEW = 0.05
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """What a unit is.
+
+    Args:
+        kinds: kinds of coupled groups (see `graph.structure.KINDS`); empty for entries of weights.
+        block: rows and columns of a block of entries.
+    """
+
+    kinds: tuple[str, ...] = ()
+    block: tuple[int, int] = (1, 1)
+
+    @classmethod
+    def parse(cls, text: str) -> Granularity:
+        """The granularity that `text` names.
+
+        Raises:
+            OptionError: `text` is none of `GRANULARITIES`.
+        """
+        if text == "channel":
+            return cls(kinds=("channel", "head"))
+        if text in ("head", "head-size"):
+            return cls(kinds=(text,))
+        if text == "weight":
+            return cls()
+        if match := _BLOCK.fullmatch(text):
+            return cls(block=(int(match[1]), int(match[2])))
+        raise unknown_name("granularity", text, GRANULARITIES)
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Any,
+    budget: str | Budget,
+    *,
+    data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    criterion: str | Callable[..., Any] = "magnitude",
+    criterion_options: Mapping[str, Any] | None = None,
+    allocation: str = "global",
+    allocation_options: Mapping[str, Any] | None = None,
+    granularity: str | None = None,
+    scope: str | Sequence[str] | None = None,
+    ignore: str | Sequence[str] = (),
+    floor: int | float | None = None,
+    round_to: int = 1,
+    seed: int = 0,
+) -> ModelPlan:
+    """What of `model` goes so that `budget` is met; nothing is changed.
+
+    Args:
+        model: any module whose forward runs on the example inputs.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keywords.
+        budget: as "macs<=50%", "sparsity=90%", "2:4", "latency<=3ms", or several joined with ",".
+        data: batches, for criteria that look at activations or gradients.
+        loss: `(output, target) -> scalar` for gradients; by default the output's own loss, or cross-entropy.
+        criterion, criterion_options: how units are scored; see `secateurs.criteria`.
+        allocation, allocation_options: how much goes from where; see `secateurs.core.allocate`.
+        granularity: "channel" (the default: widths and attention heads), "head", "head-size", "weight" (the default
+            for N:M), or "block:4x1".
+        scope, ignore: patterns of names of layers or parameters to prune, or to leave alone.
+        floor: fewest units that stay in a group: a count, or a share. Default 10% of the channels of a group; one
+            entry of a weight.
+        round_to: kept widths are multiples of this number.
+        seed: of everything random.
+
+    Raises:
+        BudgetError: the budget cannot be read or met; the message has the nearest that can.
+        ModelError: the model does not run on the inputs, has NaN weights, or nothing in it can go.
+        DataError: the criterion needs data, and it is missing or empty.
+        OptionError: an unknown name, or a combination that makes no sense.
+
+    >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> plan(net, torch.ones(1, 8), "macs<=50%").counts
+    {'0': 8}
+    """
+    asked = Budget.parse(budget)
+    granularity = granularity or ("weight" if asked.pattern else "channel")
+    unit = Granularity.parse(granularity)
+    _check_combination(unit, granularity, allocation, asked)
+    batches = None if data is None else take(data)
+    structure, groups, costs = _units(model, example_inputs, unit, scope, ignore, asked)
+    scores = score(
+        criterion, model, groups, data=_scoring_data(criterion, batches, example_inputs), loss=loss, seed=seed,
+        **(criterion_options or {}),
+    )  # fmt: skip
+    recipe = Recipe(
+        budget=asked,
+        criterion=criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "function"),
+        criterion_options=dict(criterion_options or {}),
+        allocation=allocation,
+        allocation_options=dict(allocation_options or {}),
+        granularity=granularity,
+        floor=(0.1 if unit.kinds else 1) if floor is None else floor,
+        round_to=round_to,
+        seed=seed,
+    )
+    measure = None if structure is None else timer(model, structure, scores, example_inputs)
+    keep = decide(groups, scores, costs, recipe, measure)
+    made = ModelPlan(
+        groups=groups,
+        scores=scores,
+        keep=keep,
+        costs=costs,
+        recipe=recipe,
+        fingerprint=fingerprint(model),
+        digest=digest(model),
+        structure=structure,
+        example_inputs=example_inputs,
+    )
+    return replace(made, warnings=_warnings(made))
+
+
+def timer(
+    model: nn.Module, structure: Structure, scores: Mapping[str, Tensor], example_inputs: Any
+) -> Callable[[Mapping[str, int]], float]:
+    """A function from kept counts to the measured median seconds of the model cut to them."""
+    def seconds(counts: Mapping[str, int]) -> float:
+        keep = {name: top(scores[name], count) for name, count in counts.items()}
+        return latency(cut(model, structure, keep), example_inputs).median
+
+    return seconds
+
+
+def _check_combination(unit: Granularity, granularity: str, allocation: str, budget: Budget) -> None:
+    rule = get_allocation(allocation)
+    if unit.kinds and rule.needs_shapes:
+        raise OptionError(
+            f"allocation {allocation!r} weighs the shapes of weight tensors, and a {granularity} spans several; "
+            "use uniform, global or given."
+        )
+    if budget.limit("tokens"):
+        raise BudgetError("a budget of tokens is met by token pruning, not by removing weights or channels.")
+    timed = [str(limit) for limit in budget.limits if limit.metric in ("latency", "speedup")]
+    if timed and not unit.kinds:
+        raise BudgetError(
+            f"{', '.join(timed)} cannot be met with {granularity} units: zeros in a dense tensor cost as much time as "
+            "other numbers; use granularity='channel'."
+        )
+
+
+def _scoring_data(criterion: str | Callable[..., Any], batches: list[Any] | None, example_inputs: Any) -> Any:
+    """A criterion that only looks at the shape of a batch is given the example inputs."""
+    if batches is not None or not isinstance(criterion, str):
+        return batches
+    return [example_inputs] if get_criterion(criterion).data_free else None
+
+
+def _units(
+    model: nn.Module, example_inputs: Any, unit: Granularity, scope: Any, ignore: Any, budget: Budget
+) -> tuple[Structure | None, tuple[Group, ...], CostModel]:
+    if not unit.kinds:
+        groups = _weight_groups(model, unit, scope, ignore, budget)
+        return None, groups, _weight_costs(model, example_inputs, groups)
+    structure = infer(model, example_inputs, kinds=unit.kinds)
+    if scope is not None or ignore:
+        structure = structure.restricted(g.name for g in _in_scope(structure.groups, scope, ignore))
+    if not structure.groups:
+        reasons = "; ".join(dict.fromkeys(f.reason for f in structure.frozen[:3])) or "no layer has a free width"
+        raise ModelError(f"nothing to prune in {type(model).__name__} at this granularity: {reasons}.")
+    return structure, structure.groups, structure.costs
+
+
+def _weight_groups(
+    model: nn.Module, unit: Granularity, scope: Any, ignore: Any, budget: Budget
+) -> tuple[WeightGroup, ...]:
+    weights = prunable_weights(model, scope, ignore)
+    pattern = budget.pattern
+    if pattern is not None:
+        fitting = {n: w for n, w in weights.items() if w.shape[1] % pattern.of == 0}
+        if not fitting or (scope is not None and len(fitting) < len(weights)):
+            wrong = next(n for n in weights if n not in fitting)
+            raise OptionError(
+                f"{pattern} needs a number of inputs that {pattern.of} divides; {wrong} has {weights[wrong].shape[1]}."
+            )
+        weights = fitting
+    return tuple(WeightGroup(name, tuple(w.shape), unit.block) for name, w in weights.items())
+
+
+def _weight_costs(model: nn.Module, example_inputs: Any, groups: Sequence[WeightGroup]) -> CostModel:
+    """Costs with zeros not counted: what sparse hardware would do. Bytes do not change, a zero is stored too."""
+    macs = macs_by_module(model, example_inputs)
+    params: list[Monomial] = [Monomial(parameters(model) - sum(g.entries for g in groups), (), "the rest")]
+    work: list[Monomial] = []
+    for group in groups:
+        units = Atom(group.name, group.size)
+        layer = group.name.rpartition(".")[0]
+        params.append(Monomial(group.entries / group.size, (units,), group.name))
+        work.append(Monomial(macs.pop(layer, 0.0) / group.size, (units,), layer))
+    work.append(Monomial(sum(macs.values()), (), "the rest"))
+    return CostModel(
+        {"params": tuple(params), "macs": tuple(work), "bytes": (Monomial(bytes_in_memory(model), (), "the model"),)}
+    )
+
+
+def _in_scope(groups: tuple[ChannelGroup, ...], scope: Any, ignore: Any) -> tuple[ChannelGroup, ...]:
+    """Groups of which a pattern in `scope` matches the name or a producing tensor, and none in `ignore` any member."""
+
+    def names(group: ChannelGroup, producing: bool) -> list[str]:
+        tensors = [m.tensor for m in group.members if m.role == "out" or not producing]
+        return [group.name, *tensors, *(t.rpartition(".")[0] for t in tensors)]
+
+    def hit(group: ChannelGroup, patterns: Any, producing: bool) -> bool:
+        listed = (patterns,) if isinstance(patterns, str) else patterns
+        return any(fnmatchcase(name, p) for p in listed for name in names(group, producing))
+
+    for pattern in [*_listed(scope), *_listed(ignore)]:
+        if not any(hit(g, pattern, False) for g in groups):
+            raise unknown_name("pattern", pattern, [g.name for g in groups])
+    chosen = [g for g in groups if scope is None or hit(g, scope, True)]
+    return tuple(g for g in chosen if not hit(g, ignore, True))
+
+
+def _listed(patterns: Any) -> tuple[str, ...]:
+    return () if patterns is None else (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def _warnings(made: ModelPlan) -> tuple[str, ...]:
+    sizes = {g.name: g.size for g in made.groups}
+    symptoms = few_units(made.counts, sizes, _FEW)
+    return tuple(f"{s.layer}: {s.advice}" for s in symptoms)
