@@ -29,7 +29,7 @@ from .measure.macs import macs_by_module
 from .measure.params import bytes_in_memory, parameters
 from .train.scope import prunable_weights
 
-__all__ = ["GRANULARITIES", "Granularity", "plan"]
+__all__ = ["GRANULARITIES", "Granularity", "plan", "recipe_of", "timer"]
 
 GRANULARITIES = ("channel", "head", "head-size", "weight", "block:ROWSxCOLUMNS")
 _BLOCK = re.compile(r"block:(\d+)x(\d+)")
@@ -113,27 +113,27 @@ def plan(
     >>> plan(net, torch.ones(1, 8), "macs<=50%").counts
     {'0': 8}
     """
-    asked = Budget.parse(budget)
-    granularity = granularity or ("weight" if asked.pattern else "channel")
-    unit = Granularity.parse(granularity)
-    _check_combination(unit, granularity, allocation, asked)
+    recipe = recipe_of(
+        budget,
+        criterion=criterion,
+        criterion_options=criterion_options,
+        allocation=allocation,
+        allocation_options=allocation_options,
+        granularity=granularity,
+        scope=scope,
+        ignore=ignore,
+        floor=floor,
+        round_to=round_to,
+        seed=seed,
+    )
+    unit = Granularity.parse(recipe.granularity)
+    _check_combination(unit, recipe)
     batches = None if data is None else take(data)
-    structure, groups, costs = _units(model, example_inputs, unit, scope, ignore, asked)
+    structure, groups, costs = _units(model, example_inputs, unit, recipe)
     scores = score(
         criterion, model, groups, data=_scoring_data(criterion, batches, example_inputs), loss=loss, seed=seed,
         **(criterion_options or {}),
     )  # fmt: skip
-    recipe = Recipe(
-        budget=asked,
-        criterion=criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "function"),
-        criterion_options=dict(criterion_options or {}),
-        allocation=allocation,
-        allocation_options=dict(allocation_options or {}),
-        granularity=granularity,
-        floor=(0.1 if unit.kinds else 1) if floor is None else floor,
-        round_to=round_to,
-        seed=seed,
-    )
     measure = None if structure is None else timer(model, structure, scores, example_inputs)
     keep = decide(groups, scores, costs, recipe, measure)
     made = ModelPlan(
@@ -150,6 +150,39 @@ def plan(
     return replace(made, warnings=_warnings(made))
 
 
+def recipe_of(
+    budget: str | Budget,
+    *,
+    criterion: str | Callable[..., Any] = "magnitude",
+    criterion_options: Mapping[str, Any] | None = None,
+    allocation: str = "global",
+    allocation_options: Mapping[str, Any] | None = None,
+    granularity: str | None = None,
+    scope: str | Sequence[str] | None = None,
+    ignore: str | Sequence[str] = (),
+    floor: int | float | None = None,
+    round_to: int = 1,
+    seed: int = 0,
+    **_others: Any,
+) -> Recipe:
+    """The recipe that `plan` follows for these arguments, with every default filled in; data and loss are not in it."""
+    asked = Budget.parse(budget)
+    granularity = granularity or ("weight" if asked.pattern else "channel")
+    return Recipe(
+        budget=asked,
+        criterion=criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "function"),
+        criterion_options=dict(criterion_options or {}),
+        allocation=allocation,
+        allocation_options=dict(allocation_options or {}),
+        granularity=granularity,
+        scope=None if scope is None else _listed(scope),
+        ignore=_listed(ignore),
+        floor=(0.1 if Granularity.parse(granularity).kinds else 1) if floor is None else floor,
+        round_to=round_to,
+        seed=seed,
+    )
+
+
 def timer(
     model: nn.Module, structure: Structure, scores: Mapping[str, Tensor], example_inputs: Any
 ) -> Callable[[Mapping[str, int]], float]:
@@ -161,11 +194,11 @@ def timer(
     return seconds
 
 
-def _check_combination(unit: Granularity, granularity: str, allocation: str, budget: Budget) -> None:
-    rule = get_allocation(allocation)
-    if unit.kinds and rule.needs_shapes:
+def _check_combination(unit: Granularity, recipe: Recipe) -> None:
+    budget = recipe.budget
+    if unit.kinds and get_allocation(recipe.allocation).needs_shapes:
         raise OptionError(
-            f"allocation {allocation!r} weighs the shapes of weight tensors, and a {granularity} spans several; "
+            f"allocation {recipe.allocation!r} weighs the shapes of weight tensors, and a {recipe.granularity} spans several; "
             "use uniform, global or given."
         )
     if budget.limit("tokens"):
@@ -173,7 +206,7 @@ def _check_combination(unit: Granularity, granularity: str, allocation: str, bud
     timed = [str(limit) for limit in budget.limits if limit.metric in ("latency", "speedup")]
     if timed and not unit.kinds:
         raise BudgetError(
-            f"{', '.join(timed)} cannot be met with {granularity} units: zeros in a dense tensor cost as much time as "
+            f"{', '.join(timed)} cannot be met with {recipe.granularity} units: zeros in a dense tensor cost as much time as "
             "other numbers; use granularity='channel'."
         )
 
@@ -186,28 +219,26 @@ def _scoring_data(criterion: str | Callable[..., Any], batches: list[Any] | None
 
 
 def _units(
-    model: nn.Module, example_inputs: Any, unit: Granularity, scope: Any, ignore: Any, budget: Budget
+    model: nn.Module, example_inputs: Any, unit: Granularity, recipe: Recipe
 ) -> tuple[Structure | None, tuple[Group, ...], CostModel]:
     if not unit.kinds:
-        groups = _weight_groups(model, unit, scope, ignore, budget)
+        groups = _weight_groups(model, unit, recipe)
         return None, groups, _weight_costs(model, example_inputs, groups)
     structure = infer(model, example_inputs, kinds=unit.kinds)
-    if scope is not None or ignore:
-        structure = structure.restricted(g.name for g in _in_scope(structure.groups, scope, ignore))
+    if recipe.scope is not None or recipe.ignore:
+        structure = structure.restricted(g.name for g in _in_scope(structure.groups, recipe))
     if not structure.groups:
         reasons = "; ".join(dict.fromkeys(f.reason for f in structure.frozen[:3])) or "no layer has a free width"
         raise ModelError(f"nothing to prune in {type(model).__name__} at this granularity: {reasons}.")
     return structure, structure.groups, structure.costs
 
 
-def _weight_groups(
-    model: nn.Module, unit: Granularity, scope: Any, ignore: Any, budget: Budget
-) -> tuple[WeightGroup, ...]:
-    weights = prunable_weights(model, scope, ignore)
-    pattern = budget.pattern
+def _weight_groups(model: nn.Module, unit: Granularity, recipe: Recipe) -> tuple[WeightGroup, ...]:
+    weights = prunable_weights(model, recipe.scope, recipe.ignore)
+    pattern = recipe.budget.pattern
     if pattern is not None:
         fitting = {n: w for n, w in weights.items() if w.shape[1] % pattern.of == 0}
-        if not fitting or (scope is not None and len(fitting) < len(weights)):
+        if not fitting or (recipe.scope is not None and len(fitting) < len(weights)):
             wrong = next(n for n in weights if n not in fitting)
             raise OptionError(
                 f"{pattern} needs a number of inputs that {pattern.of} divides; {wrong} has {weights[wrong].shape[1]}."
@@ -232,26 +263,26 @@ def _weight_costs(model: nn.Module, example_inputs: Any, groups: Sequence[Weight
     )
 
 
-def _in_scope(groups: tuple[ChannelGroup, ...], scope: Any, ignore: Any) -> tuple[ChannelGroup, ...]:
-    """Groups of which a pattern in `scope` matches the name or a producing tensor, and none in `ignore` any member."""
+def _in_scope(groups: tuple[ChannelGroup, ...], recipe: Recipe) -> tuple[ChannelGroup, ...]:
+    """Groups of which a pattern of the scope matches the name or a producing tensor, and none to ignore any member.
 
-    def names(group: ChannelGroup, producing: bool) -> list[str]:
+    Raises:
+        OptionError: a pattern matches nothing.
+    """
+
+    def hit(group: ChannelGroup, pattern: str, producing: bool) -> bool:
         tensors = [m.tensor for m in group.members if m.role == "out" or not producing]
-        return [group.name, *tensors, *(t.rpartition(".")[0] for t in tensors)]
+        return any(fnmatchcase(name, pattern) for t in (group.name, *tensors) for name in (t, t.rpartition(".")[0]))
 
-    def hit(group: ChannelGroup, patterns: Any, producing: bool) -> bool:
-        listed = (patterns,) if isinstance(patterns, str) else patterns
-        return any(fnmatchcase(name, p) for p in listed for name in names(group, producing))
-
-    for pattern in [*_listed(scope), *_listed(ignore)]:
+    for pattern in (*(recipe.scope or ()), *recipe.ignore):
         if not any(hit(g, pattern, False) for g in groups):
             raise unknown_name("pattern", pattern, [g.name for g in groups])
-    chosen = [g for g in groups if scope is None or hit(g, scope, True)]
-    return tuple(g for g in chosen if not hit(g, ignore, True))
+    chosen = [g for g in groups if recipe.scope is None or any(hit(g, p, True) for p in recipe.scope)]
+    return tuple(g for g in chosen if not any(hit(g, p, False) for p in recipe.ignore))
 
 
-def _listed(patterns: Any) -> tuple[str, ...]:
-    return () if patterns is None else (patterns,) if isinstance(patterns, str) else tuple(patterns)
+def _listed(patterns: str | Sequence[str]) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
 def _warnings(made: ModelPlan) -> tuple[str, ...]:

@@ -11,9 +11,15 @@ from secateurs.measure._run import batches, evaluating, forward, slow_attention,
 def test_evaluating_puts_every_flag_back_after_an_error():
     net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(), nn.BatchNorm1d(2))
     net[1].eval()
-    with pytest.raises(KeyError), evaluating(net):
-        assert not any(m.training for m in net.modules())
+    inside = []
+
+    def look_and_fail():
+        inside.extend(m.training for m in net.modules())
         raise KeyError
+
+    with pytest.raises(KeyError), evaluating(net):
+        look_and_fail()
+    assert inside == [False] * 4
     assert [m.training for m in net.modules()] == [True, True, False, True]
 
 
@@ -71,7 +77,13 @@ def test_watched_leaves_modules_that_raise():
 
 
 def test_slow_attention_is_put_back():
-    with pytest.raises(KeyError), slow_attention():
-        assert not torch.backends.mha.get_fastpath_enabled()
+    inside = []
+
+    def look_and_fail():
+        inside.append(torch.backends.mha.get_fastpath_enabled())
         raise KeyError
+
+    with pytest.raises(KeyError), slow_attention():
+        look_and_fail()
+    assert inside == [False]
     assert torch.backends.mha.get_fastpath_enabled()

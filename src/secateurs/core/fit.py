@@ -83,9 +83,10 @@ def fit(
     """
     budget = Budget.parse(budget)
     _check(budget, costs, measure)
-    snap = _snapping(sizes, floors, round_to)
+    multiples = _multiples(sizes, round_to)
+    snap = _snapping(sizes, floors, multiples)
     bounds = [_bound(limit, costs, total_units) for limit in budget.limits if limit.metric not in _TIMED]
-    exact = budget.limit("sparsity") if round_to is None else None
+    exact = None if multiples else budget.limit("sparsity")
     high = units_kept(exact.value, total_units) if exact else total_units
     if high < minimum_units:
         raise _infeasible(budget, bounds, snap(allocate(minimum_units)))
@@ -202,18 +203,23 @@ def _bound(limit: Limit, costs: CostModel, total_units: int) -> _Bound:
     return _Bound(limit, lambda counts: costs.total(limit.cost, counts), whole, allowed)
 
 
-def _snapping(
-    sizes: Mapping[str, int], floors: Mapping[str, int] | None, round_to: int | Mapping[str, int] | None
-) -> Callable[[Counts], Counts]:
-    """A function that brings counts to the multiples asked for."""
+def _multiples(sizes: Mapping[str, int], round_to: int | Mapping[str, int] | None) -> dict[str, int]:
+    """What the counts of each group must be a multiple of; without the groups that are free."""
     multiples = dict.fromkeys(sizes, round_to) if isinstance(round_to, int) else dict(round_to or {})
     wrong = {name: multiple for name, multiple in multiples.items() if multiple < 1}
     if wrong:
         raise OptionError(f"round_to must be at least 1, got {', '.join(f'{m} for {n}' for n, m in wrong.items())}.")
+    return {name: multiple for name, multiple in multiples.items() if multiple > 1}
+
+
+def _snapping(
+    sizes: Mapping[str, int], floors: Mapping[str, int] | None, multiples: Mapping[str, int]
+) -> Callable[[Counts], Counts]:
+    """A function that brings counts to `multiples`."""
     lowest = {name: min(size, 1) if floors is None else floors.get(name, 0) for name, size in sizes.items()}
 
     def snap(counts: Counts) -> Counts:
-        rounded = {n: _snapped(counts[n], sizes[n], lowest[n], m) for n, m in multiples.items() if m > 1}
+        rounded = {n: _snapped(counts[n], sizes[n], lowest[n], m) for n, m in multiples.items()}
         return counts | rounded
 
     return snap

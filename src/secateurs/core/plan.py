@@ -31,6 +31,7 @@ class Recipe:
         criterion, criterion_options: how units were scored.
         allocation, allocation_options: how much from where.
         granularity: what a unit is, as given by the user.
+        scope, ignore: patterns of names to prune (None for all), or to leave alone.
         floor: fewest units that stay in a group: a count, or a share of the group.
         round_to: kept counts are multiples of this, since hardware likes them; 1 for any.
         seed: of everything random.
@@ -42,6 +43,8 @@ class Recipe:
     allocation: str = "global"
     allocation_options: Mapping[str, Any] = field(default_factory=dict)
     granularity: str = "channel"
+    scope: tuple[str, ...] | None = None
+    ignore: tuple[str, ...] = ()
     floor: int | float = 1
     round_to: int = 1
     seed: int = 0

@@ -300,11 +300,7 @@ def double(tensor: Tensor) -> Tensor:
 def _differentiating(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], train: bool, seed: int
 ) -> Iterator[None]:
-    with (
-        preserved(model, train=train, differentiate=parameters.values(), seed=seed),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-    ):
+    with preserved(model, train=train, differentiate=parameters.values(), seed=seed), torch.enable_grad():
         yield
 
 

@@ -22,6 +22,7 @@ __all__ = ["score"]
 _LIFT = tuple(field.name for field in fields(Lift))
 
 
+@torch.inference_mode(False)
 def score(
     criterion: str | Criterion | Callable[..., Mapping[str, Tensor]],
     model: nn.Module,

@@ -86,7 +86,7 @@ def synflow(
     canonical = {id(p): n for n, p in model.named_parameters()}
     sources = {n: canonical[id(p)] for n, p in resolve(model, names).items()}
     scored = {n: state[n].requires_grad_() for n in dict.fromkeys(sources.values())}
-    with preserved(model), torch.inference_mode(False), torch.enable_grad():
+    with preserved(model), torch.enable_grad():
         total = main_output(functional_call(model, state, args, kwargs)).sum()
     if not bool(torch.isfinite(total)) or total == 0 or not total.requires_grad:
         raise ModelError(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-
-
-
+from .huggingface import save_pretrained
+from .onnx import export_onnx
+from .program import export_program
 from .store import load_extra, load_model, save_model
 
 __all__ = ["export_onnx", "export_program", "load_extra", "load_model", "save_model", "save_pretrained"]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..core.errors import FileError
 
-__all__ = ["current", "replace"]
+__all__ = ["current", "replace", "replace_file"]
 
 
 def current(folder: Path) -> Path:
@@ -44,6 +44,31 @@ def replace(folder: Path, write: Callable[[Path], None]) -> None:
             shutil.rmtree(fresh, ignore_errors=True)
     except OSError as error:
         raise FileError(f"{folder} cannot be written ({error}); what was there before is untouched.") from error
+
+
+def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Replaces a file, and those that its writer puts beside it, by what `write` makes of the path that it is given.
+
+    If `write` raises, the old file stays as it is. The file itself is put in place last.
+
+    Raises:
+        FileError: the disk is full, or something else that the operating system refuses.
+    """
+    fresh = _beside(path, "saving")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir()
+        try:
+            write(fresh / path.name)
+            _sync_all(fresh)
+            for made in sorted(fresh.iterdir(), key=lambda made: made.name == path.name):
+                os.replace(made, path.with_name(made.name))
+            _sync(path.parent)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+    except OSError as error:
+        raise FileError(f"{path} cannot be written ({error}).") from error
 
 
 def _beside(folder: Path, role: str) -> Path:

@@ -151,7 +151,10 @@ def resolve(name: str, kind: Kind, trust: Sequence[str] = ()) -> Any:
         raise FileError(f"{name!r} is used as {'an' if kind[0] in 'aeo' else 'a'} {kind}, which it is not")
     home = name_of(target)
     if not _trusted(home, trust) and not (_allowed_root(home) and _LIMITS[kind](target, home)):
-        raise FileError(f"{name!r} is not among the classes and functions that a saved model may use")
+        raise FileError(
+            f"{name!r} is not among the classes and functions that a saved model may use without your word; if you "
+            f"trust it, pass trust=({module_of(home)!r},)"
+        )
     return target
 
 

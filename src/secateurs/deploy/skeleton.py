@@ -14,6 +14,7 @@ empty parts are left out. A module that is held outside the tree (in a plain lis
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.nn.utils import parametrize
 from ..core.errors import FileError
 from . import quirks
 from .fields import checked
-from .references import resolve, untrusted
+from .references import module_of, untrusted
 from .tensors import TensorTable, rebuild
 from .values import Reader, Writer, settled
 
@@ -106,11 +107,12 @@ class _Encoder:
         place = _place(path, module)
         for name, value in vars(module).items():
             if name not in skipped:
-                with_name = f"{place}, attribute {name!r}"
-                self._try(with_name, lambda n=name, v=value: node["attributes"].update(self.write.named({n: v})))
+                with self._at(f"{place}, attribute {name!r}"):
+                    node["attributes"].update(self.write.named({name: value}))
         for hook in module._load_state_dict_pre_hooks.values():
             if not quirks.is_inert(hook):
-                self._try(f"{place}, load hook", lambda h=hook: node["load_hooks"].append(self._load_hook(h)))
+                with self._at(f"{place}, load hook"):
+                    node["load_hooks"].append(self._load_hook(hook))
         for section in _TREE[1:]:
             if not node[section]:
                 del node[section]
@@ -118,16 +120,16 @@ class _Encoder:
     def tensor_attributes(self, name: str, tensor: Tensor) -> None:
         """Adds to the tensor's entry the attributes that libraries hang on tensors."""
         if vars(tensor):
-            place = f"the tensor {name!r}"
-            self._try(place, lambda: self.table.entries[name].update(attributes=self.write.named(vars(tensor))))
+            with self._at(f"the tensor {name!r}"):
+                self.table.entries[name]["attributes"] = self.write.named(vars(tensor))
 
-    def _try(self, place: str, action: Callable[[], Any]) -> Any:
-        """The result of the action; a fault is kept with its place, so that all are reported at once."""
+    @contextlib.contextmanager
+    def _at(self, place: str) -> Iterator[None]:
+        """Notes a fault with its place and goes on, so that all faults are reported at once."""
         try:
-            return action()
+            yield
         except FileError as fault:
             self.faults.append(f"{place}: {fault}")
-            return None
 
     def _tree(self, path: str, module: nn.Module) -> dict[str, Any]:
         self._paths[id(module)] = path
@@ -135,7 +137,7 @@ class _Encoder:
         obstacles = [f"{place}: {fault}" for fault in _obstacles(module)]
         self.faults += obstacles
         node: dict[str, Any] = {
-            "class": None if obstacles else self._try(place, lambda: self.write.name(type(module))),
+            "class": None,
             "training": module.training,
             "attributes": {},
             "parameters": self._named_tensors(path, module, module._parameters),
@@ -144,6 +146,9 @@ class _Encoder:
             "load_hooks": [],
             "children": {},
         }
+        if not obstacles:
+            with self._at(place):
+                node["class"] = self.write.name(type(module))
         self._queue.append((path, module, node))
         for name, child in module._modules.items():
             node["children"][name] = self._child(_join(path, name), child)
@@ -161,11 +166,8 @@ class _Encoder:
     ) -> dict[str, str | None]:
         named: dict[str, str | None] = {}
         for name, tensor in tensors.items():
-            place = f"{_place(path, module)}, tensor {name!r}"
-            full = _join(path, name)
-            named[name] = (
-                None if tensor is None else self._try(place, lambda t=tensor, n=full: self.table.add(t, n))
-            )
+            with self._at(f"{_place(path, module)}, tensor {name!r}"):
+                named[name] = None if tensor is None else self.table.add(tensor, _join(path, name))
         return named
 
     def _load_hook(self, hook: Any) -> dict[str, Any]:
@@ -192,7 +194,7 @@ def _obstacles(module: nn.Module) -> Iterator[str]:
     """Why the module is more than its attributes, tensors and children."""
     home = type(module).__module__
     if parametrize.is_parametrized(module):
-        names = ", ".join(module.parametrizations)
+        names = ", ".join(name for name, _ in module.get_submodule("parametrizations").named_children())
         yield f"{names} is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
     elif home.startswith("torch._dynamo"):
         yield "it is a compiled model; save its ._orig_mod"
@@ -253,10 +255,10 @@ def decode(
 def _refuse_strangers(uses: Sequence[str], trust: Sequence[str]) -> None:
     strangers = untrusted(uses, trust)
     if strangers:
-        roots = ", ".join(repr(root) for root in sorted({name.partition(":")[0].partition(".")[0] for name in strangers}))
+        roots = sorted({module_of(name).partition(".")[0] for name in strangers})
         raise FileError(
             f"it uses code outside the packages that are allowed by default ({', '.join(strangers[:_MOST_FAULTS])}); "
-            f"if you trust that code, pass trust=({roots},)"
+            f"if you trust that code, pass trust=({', '.join(map(repr, roots))},)"
         )
 
 

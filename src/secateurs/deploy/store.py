@@ -66,9 +66,7 @@ def save_model(model: nn.Module, folder: str | Path, *, extra: Mapping[str, Any]
     return Path(folder)
 
 
-def load_model(
-    folder: str | Path, *, trust: Sequence[str] = (), device: torch.device | str = "cpu"
-) -> nn.Module:
+def load_model(folder: str | Path, *, trust: Sequence[str] = (), device: torch.device | str = "cpu") -> nn.Module:
     """The saved model, bit for bit, every module in the training or evaluation mode in which it was saved.
 
     Args:
@@ -249,9 +247,7 @@ def _check_file(path: Path, expected: Any) -> None:
         raise FileError(f"{path} was changed after it was saved: its checksum differs; save or copy it again.")
 
 
-def _open(
-    folder: Path, document: Mapping[str, Any], trust: Sequence[str], device: torch.device | str
-) -> nn.Module:
+def _open(folder: Path, document: Mapping[str, Any], trust: Sequence[str], device: torch.device | str) -> nn.Module:
     skeleton = document["model"]
     try:
         with safe_open(folder / _WEIGHTS, framework="pt", device="cpu") as weights:

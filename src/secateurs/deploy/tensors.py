@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from ..core.errors import FileError
 from .fields import checked
@@ -114,7 +114,7 @@ class TensorTable:
 
 def _fault(tensor: Tensor) -> str | None:
     """Why the tensor cannot be stored, None if it can."""
-    if isinstance(tensor, UninitializedTensorMixin):
+    if is_lazy(tensor):
         return "it is a lazy parameter without a shape; run the model once"
     if type(tensor) not in (Tensor, nn.Parameter):
         return f"it is a {type(tensor).__qualname__}, not a plain tensor; convert it to a dense floating-point one"

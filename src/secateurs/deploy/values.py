@@ -289,7 +289,7 @@ def _object(write: Writer, value: Any) -> Any:
     return node
 
 
-def _base(cls: type) -> type:
+def _base(cls: type) -> Any:
     """The built-in class that makes and fills instances, so that nothing that `cls` overrides runs."""
     return next((base for base in (collections.OrderedDict, dict) if issubclass(cls, base)), object)
 

@@ -40,7 +40,7 @@ def forward(model: nn.Module, inputs: Any) -> Any:
     except Exception as error:
         shapes = ", ".join(str(tuple(t.shape)) for t in leaves(inputs)) or "no tensor"
         raise ModelError(
-            f"{type(model).__name__} fails on the inputs given (shapes: {shapes}): {error} "
+            f"{type(model).__name__} fails on the inputs given (shapes: {shapes}): {str(error).rstrip('. ')}. "
             "Give inputs with which model(inputs) runs."
         ) from error
 

@@ -1,4 +1,4 @@
-"""Training that repairs a cut: fine-tuning, distillation, batch-norm recalibration, rewinding, training from scratch."""
+"""Training that repairs a cut: fine-tuning, distillation, batch-norm statistics, rewinding, training from scratch."""
 
 from __future__ import annotations
 

@@ -109,8 +109,8 @@ def ranked_densities(
         model: scored by `criterion` over all weights in `shapes` together.
         shapes: by weight name.
         sparsity: share of all weights that the ranking removes, in [0, 1).
-        criterion: `(model, groups) -> {group name: scores}`, such as `partial(criteria.score, "snip", data=batches)`; the
-            published code takes one batch for SNIP and 25 samples a class for GraSP.
+        criterion: `(model, groups) -> {group name: scores}`, such as `partial(criteria.score, "snip", data=batches)`;
+            the published code takes one batch for SNIP and 25 samples a class for GraSP.
         redraw: draw the copy's weights from Xavier's normal first, as the published code does for SNIP.
         seed: of the redrawn weights.
     """

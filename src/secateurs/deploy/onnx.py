@@ -1,0 +1,118 @@
+"""Models as ONNX files, with proof: the file is run by onnxruntime and must agree with the model."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.batch import leaves
+from ..core.errors import MissingExtraError, ModelError, OptionError
+from .agreement import agree, arguments, batch_shapes, enlarged, exporting, outputs
+from .folder import replace_file
+
+__all__ = ["export_onnx"]
+
+# A protobuf file ends at 2 GiB; weights beyond that go into a second file beside it.
+_ONE_FILE = 1_900_000_000
+
+
+def export_onnx(
+    model: nn.Module,
+    example_inputs: Any,
+    path: str | Path,
+    *,
+    dynamic_batch: bool = False,
+    check: bool = True,
+    tolerance: float | None = None,
+) -> Path:
+    """The path of the ONNX file that was written.
+
+    Args:
+        model: exported in evaluation mode; it is left as it was.
+        example_inputs: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+        path: the file. Models beyond 1.9 GB get a second one beside it, `<path>.data`.
+        dynamic_batch: whether the file accepts other batch sizes than that of the example. Default: no.
+        check: whether onnxruntime runs the file on the example inputs (with `dynamic_batch` also on one sample more)
+            before it is put in place. Default: yes.
+        tolerance: the largest difference that the check allows, as a share of the largest output. Default: 1e-4, or
+            2e-2 in half precision.
+
+    Raises:
+        MissingExtraError: onnx, onnxscript or (for the check) onnxruntime is not installed.
+        ModelError: PyTorch cannot export the model.
+        ProofError: the file and the model disagree; nothing was written.
+        OptionError: the check was asked for a model in bfloat16, which onnxruntime cannot return.
+
+    >>> export_onnx(pruned, images, "pruned.onnx", dynamic_batch=True)
+    """
+    runtime = _needed(check)
+    place = Path(path)
+    with exporting(model):
+        if check:
+            _refuse_bfloat16(model, example_inputs)
+        program = _program(model, example_inputs, dynamic_batch)
+
+        def write(fresh: Path) -> None:
+            program.save(fresh, external_data=_size(model) > _ONE_FILE)
+            if check:
+                session = runtime.InferenceSession(str(fresh), providers=["CPUExecutionProvider"])
+                for inputs in (example_inputs, enlarged(example_inputs))[: 1 + dynamic_batch]:
+                    agree(outputs(model, inputs), _run(session, inputs), "the ONNX file", tolerance)
+
+        replace_file(place, write)
+    return place
+
+
+def _needed(check: bool) -> Any:
+    """onnxruntime, None without a check; the exporter's own packages are there as well."""
+    for name in ("onnx", "onnxscript", *(["onnxruntime"] if check else [])):
+        try:
+            found = importlib.import_module(name)
+        except ImportError as error:
+            raise MissingExtraError(name, "onnx") from error
+    return found if check else None
+
+
+def _refuse_bfloat16(model: nn.Module, example_inputs: Any) -> None:
+    tensors = itertools.chain(model.parameters(), model.buffers(), leaves(example_inputs))
+    if any(tensor.dtype == torch.bfloat16 for tensor in tensors):
+        raise OptionError("onnxruntime returns no bfloat16 to Python: export model.float(), or pass check=False.")
+
+
+def _program(model: nn.Module, example_inputs: Any, dynamic_batch: bool) -> Any:
+    args, kwargs = arguments(example_inputs)
+    shapes = batch_shapes(example_inputs) if dynamic_batch else None
+    try:
+        with warnings.catch_warnings():
+            # Deprecations inside the exporter are not the caller's business.
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return torch.onnx.export(
+                model, args, None, kwargs=kwargs, dynamic_shapes=shapes, dynamo=True, verbose=False
+            )
+    except (RuntimeError, ValueError, TypeError) as error:
+        advice = "; give a batch of at least two, or dynamic_batch=False" if dynamic_batch else ""
+        raise ModelError(f"PyTorch cannot export this model to ONNX{advice}: {error}") from error
+
+
+def _size(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _run(session: Any, inputs: Any) -> list[Tensor]:
+    """The outputs of the file on the inputs, which it takes by name or, failing that, in order."""
+    names = [node.name for node in session.get_inputs()]
+    _, kwargs = arguments(inputs)
+    tensors: Sequence[Tensor] = (
+        [kwargs[name] for name in names] if kwargs.keys() >= set(names) else list(leaves(inputs))
+    )
+    feed = {name: tensor.detach().cpu().numpy() for name, tensor in zip(names, tensors, strict=True)}
+    return [torch.from_numpy(array) for array in session.run(None, feed)]

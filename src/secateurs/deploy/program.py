@@ -1,0 +1,67 @@
+"""Models as `torch.export` programs: the graph itself, for runtimes that have no Python class to fill.
+
+The file is PyTorch's own format (`.pt2`); read it with `torch.export.load`, and only from those you trust.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.errors import ModelError
+from .agreement import agree, arguments, batch_shapes, enlarged, exporting, outputs
+from .folder import replace_file
+
+__all__ = ["export_program"]
+
+
+def export_program(
+    model: nn.Module,
+    example_inputs: Any,
+    path: str | Path,
+    *,
+    dynamic_batch: bool = False,
+    check: bool = True,
+    tolerance: float | None = None,
+) -> Path:
+    """The path of the exported program that was written.
+
+    Args:
+        model: exported in evaluation mode; it is left as it was.
+        example_inputs: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+        path: the file; PyTorch expects the suffix `.pt2`.
+        dynamic_batch: whether the program accepts other batch sizes than that of the example. Default: no.
+        check: whether the file is loaded and run on the example inputs (with `dynamic_batch` also on one sample more)
+            before it is put in place. Default: yes.
+        tolerance: the largest difference that the check allows, as a share of the largest output. Default: 1e-4, or
+            2e-2 in half precision.
+
+    Raises:
+        ModelError: PyTorch cannot export the model.
+        ProofError: the file and the model disagree; nothing was written.
+    """
+    place = Path(path)
+    with exporting(model):
+        program = _program(model, example_inputs, dynamic_batch)
+
+        def write(fresh: Path) -> None:
+            torch.export.save(program, fresh)
+            loaded = torch.export.load(fresh).module() if check else None
+            for inputs in (example_inputs, enlarged(example_inputs))[: 1 + dynamic_batch] if check else ():
+                agree(outputs(model, inputs), outputs(loaded, inputs), "the exported program", tolerance)
+
+        replace_file(place, write)
+    return place
+
+
+def _program(model: nn.Module, example_inputs: Any, dynamic_batch: bool) -> Any:
+    args, kwargs = arguments(example_inputs)
+    shapes = batch_shapes(example_inputs) if dynamic_batch else None
+    try:
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+    except (RuntimeError, ValueError, TypeError) as error:
+        advice = "; give a batch of at least two, or dynamic_batch=False" if dynamic_batch else ""
+        raise ModelError(f"PyTorch cannot export this model{advice}: {error}") from error

@@ -1,0 +1,252 @@
+"""From a model and a budget to a smaller model: plan, apply, repair, measure, report, save."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+
+from torch import Tensor, nn
+
+from .core.batch import Loss, take
+from .core.budget import Budget
+from .core.catalogue import get_method
+from .core.errors import OptionError
+from .deploy.store import load_extra, load_model, save_model
+from .graph.plan import ModelPlan, digest
+from .planning import plan as make_plan
+from .planning import recipe_of
+from .recover.batchnorm import recalibrate_batch_norm
+from .recover.finetune import Data, History, fine_tune
+from .report.data import Report
+from .summary import Findings, quality_of, summarize
+
+__all__ = ["FineTune", "Pruned", "load", "prune"]
+
+Stage = Callable[[str], None]
+_PLAN = "plan.safetensors"
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """Training that repairs a cut; the arguments of `recover.fine_tune`.
+
+    Args:
+        epochs, steps: give one of them.
+        lr, optimizer, weight_decay, schedule, label_smoothing: of the training.
+        distill: the unpruned model teaches the pruned one.
+        data: training batches, or a function from the number of the pass to them; default: the data given to `prune`.
+    """
+
+    epochs: int | None = None
+    steps: int | None = None
+    lr: float = 0.01
+    optimizer: str = "sgd"
+    weight_decay: float = 5e-4
+    schedule: str = "cosine"
+    label_smoothing: float = 0.0
+    distill: bool = False
+    data: Data | None = None
+
+    def run(self, model: nn.Module, teacher: nn.Module, data: Data, **options: Any) -> History:
+        """The history of training `model` on this recipe's own data, else on `data`."""
+        settings = {k: v for k, v in vars(self).items() if k not in ("distill", "data")}
+        return fine_tune(model, self.data or data, teacher=teacher if self.distill else None, **settings, **options)
+
+
+@dataclass
+class Pruned:
+    """What pruning made.
+
+    Args:
+        model: an ordinary module: smaller where units were cut out, with zeros where single weights went.
+        plan: the decision.
+        report: before and after.
+        masks: for zeros, the mask of each parameter; keep them with `train.Masks` in further training.
+    """
+
+    model: nn.Module
+    plan: ModelPlan
+    report: Report
+    masks: dict[str, Tensor] = field(default_factory=dict)
+
+    def save(self, folder: str | Path) -> Path:
+        """The folder written: model, plan and report, in safetensors, JSON and HTML; see `deploy.save_model`."""
+        with TemporaryDirectory() as drafts:
+            plan = self.plan.save(Path(drafts) / _PLAN).read_bytes()
+            page = self.report.to_html(Path(drafts) / "report.html").read_bytes()
+        extra = {_PLAN: plan, "report.json": self.report.to_dict(), "report.html": page}
+        return save_model(self.model, folder, extra=extra)
+
+
+def load(folder: str | Path, *, trust: Sequence[str] = ()) -> Pruned:
+    """What `Pruned.save` wrote; the model has every width of its own and the same bits.
+
+    Args:
+        trust: packages of your own whose classes the model may use; see `deploy.load_model`.
+
+    Raises:
+        FileError: a file is missing, truncated, tampered with, or of another release.
+    """
+    model = load_model(folder, trust=trust)
+    with TemporaryDirectory() as drafts:
+        file = Path(drafts) / _PLAN
+        file.write_bytes(load_extra(folder, _PLAN))
+        plan = ModelPlan.load(file)
+    report = Report.from_dict(load_extra(folder, "report.json"))
+    return Pruned(model, plan, report, plan.masks(model) if plan.structure is None else {})
+
+
+def prune(
+    model: nn.Module,
+    example_inputs: Any,
+    budget: str | Budget,
+    *,
+    method: str | None = None,
+    data: Iterable[Any] | None = None,
+    test: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    recover: FineTune | None = None,
+    recalibrate: bool = True,
+    measure: bool = True,
+    inplace: bool = False,
+    checkpoint: str | Path | None = None,
+    on_stage: Stage | None = None,
+    on_step: Callable[[Any], None] | None = None,
+    name: str | None = None,
+    **options: Any,
+) -> Pruned:
+    """`model` pruned to `budget`: units found, scored and chosen, cut out, proven, repaired and measured.
+
+    With channel granularity, the default, the result is physically smaller; with single weights it has zeros.
+
+    Args:
+        model: any module whose forward runs on the example inputs; untouched unless `inplace`.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keywords.
+        budget: as "macs<=50%", "sparsity=90%", "2:4"; several joined with ",".
+        method: a published system of the catalogue that decides in place of `options`; it takes its own options then.
+        data: batches for criteria, batch-norm recalibration and fine-tuning.
+        test: batches on which quality is measured before and after; nothing is chosen by it.
+        loss: `(output, target) -> scalar`; by default the output's own loss, or cross-entropy.
+        recover: fine-tuning after the cut; None for none.
+        recalibrate: whether batch-norm statistics are measured again on `data`, where there is both.
+        measure: whether latency is measured, before and after in one run.
+        inplace: the result's modules take the place of those of `model`, which is also the result's model.
+        checkpoint: a folder in which the plan and the training are kept, so that a killed run resumes to the same
+            result; nothing is kept without it.
+        on_stage, on_step: told the name of each stage, and each training step, for a progress bar.
+        name: of the model, for the report.
+        options: of `plan`: criterion, allocation, granularity, scope, ignore, floor, round_to, seed …
+
+    Raises:
+        SecateursError: as `plan` does; a `ProofError` if the cut is not equal to the zeros.
+
+    >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> prune(net, torch.ones(1, 8), "macs<=50%", measure=False).model[0]
+    Linear(in_features=8, out_features=8, bias=True)
+    """
+    if method is not None:
+        common = {
+            "data": data, "test": test, "loss": loss, "recover": recover, "recalibrate": recalibrate, "measure": measure,
+            "inplace": inplace, "checkpoint": checkpoint, "on_stage": on_stage, "on_step": on_step, "name": name,
+        }  # fmt: skip
+        return _by_method(method)(model, example_inputs, budget, **common, **options)
+    tell = on_stage or (lambda _name: None)
+    batches = None if data is None else take(data)
+    tests = None if test is None else take(test, what="test data")
+    notes = Findings(model=name or type(model).__name__, quality={}, seconds={})
+    clock = _Clock(notes.seconds, tell)
+    folder = None if checkpoint is None else Path(checkpoint)
+    with clock("planning"):
+        decided = _planned(model, example_inputs, budget, folder, data=batches, loss=loss, **options)
+    with clock("cutting"):
+        made, masks, notes.proof = _applied(model, decided)
+    seed = decided.recipe.seed
+    if tests is not None:
+        with clock("testing"):
+            notes.quality["before"] = quality_of(model, tests)
+            notes.quality["one-shot"] = quality_of(made, tests)
+    if batches is not None and recalibrate:
+        with clock("recalibrating"):
+            layers = recalibrate_batch_norm(made, batches)
+        if layers and tests is not None:
+            notes.quality["batch-norm recalibrated"] = quality_of(made, tests)
+    if recover is not None:
+        if recover.data is None and batches is None:
+            raise OptionError("recover= needs training data: pass data=, or FineTune(data=…).")
+        with clock("recovering"):
+            where = None if folder is None else folder / "recovery"
+            notes.history = recover.run(
+                made, model, batches or [], masks=masks or None, loss=loss, seed=seed, checkpoint=where, on_step=on_step
+            )
+        if tests is not None:
+            notes.quality["recovered"] = quality_of(made, tests)
+    with clock("measuring"):
+        report = summarize(model, made, decided, example_inputs, notes, timed=measure)
+    if inplace:
+        made = _take_place(model, made)
+    return Pruned(made, decided, report, masks)
+
+
+def _by_method(name: str) -> Callable[..., Pruned]:
+    chosen = get_method(name)
+    if "training" in chosen.needs:
+        raise OptionError(
+            f"{name} prunes inside a training loop: use {chosen.run.__module__}.{chosen.run.__qualname__}."
+        )
+    return chosen.run
+
+
+class _Clock:
+    """`with clock("cutting"):` tells the stage and notes its seconds."""
+
+    def __init__(self, seconds: dict[str, float], tell: Stage) -> None:
+        self._seconds, self._tell = seconds, tell
+        self._name, self._start = "", 0.0
+
+    def __call__(self, name: str) -> _Clock:
+        self._name = name
+        return self
+
+    def __enter__(self) -> None:
+        self._tell(self._name)
+        self._start = perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds[self._name] = self._seconds.get(self._name, 0.0) + perf_counter() - self._start
+
+
+def _planned(model: nn.Module, example_inputs: Any, budget: str | Budget, folder: Path | None, **options: Any) -> ModelPlan:
+    """The plan, from the checkpoint if that holds one of the same model, budget and options."""
+    if folder is None:
+        return make_plan(model, example_inputs, budget, **options)
+    file = folder / _PLAN
+    asked = recipe_of(budget, **options)
+    if file.exists():
+        known = ModelPlan.load(file)
+        if known.recipe != asked or known.digest != digest(model):
+            raise OptionError(
+                f"{folder} holds a run of another model, budget or options; give another folder, or delete it to start again."
+            )
+        return replace(known, example_inputs=example_inputs)
+    made = make_plan(model, example_inputs, budget, **options)
+    made.save(file)
+    return made
+
+
+def _applied(model: nn.Module, decided: ModelPlan) -> tuple[nn.Module, dict[str, Tensor], float | None]:
+    if decided.structure is None:
+        return decided.mask(model), decided.masks(model), None
+    smaller, error = decided.proven_cut(model)
+    return smaller, {}, error
+
+
+def _take_place(model: nn.Module, made: nn.Module) -> nn.Module:
+    """`model` with the class, attributes and submodules of `made`: whoever holds it holds the pruned one."""
+    model.__class__ = made.__class__
+    model.__dict__ = copy.copy(made.__dict__)
+    return model

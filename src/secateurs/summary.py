@@ -1,0 +1,164 @@
+"""What a pruning run found, as a report: both models measured in one go and set side by side."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .core.batch import split
+from .deploy.size import size_on_disk
+from .graph.plan import ModelPlan
+from .measure.latency import Latency, compare, layer_times
+from .measure.params import LayerRow, bytes_in_memory, layer_table, nonzeros, parameters
+from .measure.quality import evaluate
+from .recover.finetune import History
+from .report.data import FrozenWidth, GroupChange, LatencySummary, LayerChange, Recovery, Report, Scores, Side, Speedup
+
+__all__ = ["Findings", "quality_of", "summarize"]
+
+
+@dataclass
+class Findings:
+    """What is known of a run before it is summed up.
+
+    Args:
+        model: its name.
+        quality: metrics by stage: "before", "one-shot", "batch-norm recalibrated", "recovered".
+        seconds: by stage.
+        proof: of the cut.
+        history: of the fine-tuning.
+    """
+
+    model: str
+    quality: dict[str, dict[str, float]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    proof: float | None = None
+    history: History | None = None
+
+
+def quality_of(model: nn.Module, data: Sequence[Any]) -> dict[str, float]:
+    """Accuracy, negative log-likelihood and calibration error; for language models perplexity instead.
+
+    Raises:
+        DataError: the batches carry no labels.
+    """
+    _, target = split(data[0])
+    if target is None:
+        return evaluate(model, data, ("perplexity", "nll"))
+    return evaluate(model, data, ("accuracy", "nll", "ece"))
+
+
+def summarize(
+    before: nn.Module, after: nn.Module, plan: ModelPlan, example_inputs: Any, found: Findings, *, timed: bool = True
+) -> Report:
+    """The report of a run.
+
+    Args:
+        before, after: both models, measured here on `example_inputs`.
+        plan: that led from one to the other.
+        found: what the run noted.
+        timed: whether to measure latency, in whole and per layer, interleaved.
+    """
+    rows = layer_table(before, example_inputs), layer_table(after, example_inputs)
+    timings = compare({"before": before, "after": after}, example_inputs) if timed else {}
+    layers = (layer_times(before, example_inputs), layer_times(after, example_inputs)) if timed else ({}, {})
+    stages = {name: values for name, values in found.quality.items() if name != "before"}
+    speedup = timings["after"].speedup if timed else None
+    return Report(
+        model=found.model,
+        form="mask" if plan.structure is None else "cut",
+        before=_side(before, rows[0], timings.get("before"), found.quality.get("before", {})),
+        after=_side(after, rows[1], timings.get("after"), next(reversed(stages.values()), {})),
+        budget=str(plan.recipe.budget),
+        recipe=plan.recipe.to_dict(),
+        layers=_layers(*rows, *layers),
+        groups=tuple(_group(plan, name) for name in plan.keep),
+        frozen=() if plan.structure is None else tuple(FrozenWidth(**vars(f)) for f in plan.structure.frozen),
+        proof=found.proof,
+        warnings=plan.warnings,
+        stages=stages,
+        history=None if found.history is None else _recovery(found.history),
+        speedup=None if speedup is None else Speedup(speedup.median, speedup.p10, speedup.p90),
+        environment=environment(),
+        seconds=found.seconds,
+    )
+
+
+def environment() -> dict[str, Any]:
+    """Versions, processor, threads and date: what a figure depends on."""
+    return {
+        "secateurs": version("secateurs"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": _processor(),
+        "threads": torch.get_num_threads(),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return named or platform.processor() or platform.machine()
+
+
+def _side(model: nn.Module, rows: Iterable[LayerRow], timing: Latency | None, quality: Mapping[str, float]) -> Side:
+    return Side(
+        params=parameters(model),
+        nonzero=nonzeros(model),
+        macs=sum(row.macs for row in rows),
+        bytes=bytes_in_memory(model),
+        disk_bytes=size_on_disk(model),
+        latency=None if timing is None else _latency(timing),
+        quality=quality,
+    )
+
+
+def _latency(timing: Latency) -> LatencySummary:
+    return LatencySummary(timing.median, timing.p10, timing.p90, timing.threads, timing.batch, timing.device)
+
+
+def _layers(
+    before: Sequence[LayerRow], after: Sequence[LayerRow], slow: Mapping[str, float], fast: Mapping[str, float]
+) -> tuple[LayerChange, ...]:
+    new = {row.name: row for row in after}
+    return tuple(
+        LayerChange(
+            name=old.name,
+            kind=old.type,
+            shape_before=old.weight_shape,
+            shape_after=new[old.name].weight_shape,
+            params_before=old.params,
+            params_after=new[old.name].params,
+            nonzero_after=new[old.name].nonzero,
+            macs_before=old.macs,
+            macs_after=new[old.name].macs,
+            seconds_before=slow.get(old.name),
+            seconds_after=fast.get(old.name),
+        )
+        for old in before
+        if old.name in new
+    )
+
+
+def _group(plan: ModelPlan, name: str) -> GroupChange:
+    group = next(g for g in plan.groups if g.name == name)
+    scores, keep = plan.scores[name], plan.keep[name]
+    kept = scores[keep]
+    summary = Scores(
+        float(scores.min()), float(scores.median()), float(scores.max()), float(kept.min()) if len(kept) else None
+    )
+    return GroupChange(name, group.kind, group.size, int(keep.sum()), group.tensors[1:], summary)
+
+
+def _recovery(history: History) -> Recovery:
+    return Recovery("epoch", tuple({"loss": epoch.loss, "lr": epoch.lr} for epoch in history.epochs))
