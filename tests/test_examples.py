@@ -10,6 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+
+import secateurs
 
 ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src"
@@ -22,9 +26,15 @@ def module_name(path: Path) -> str:
 WITH_EXAMPLES = [module_name(path) for path in sorted(SRC.rglob("*.py")) if ">>> " in path.read_text(encoding="utf-8")]
 
 
+# What an example may use unsaid, beside the names of its own module.
+KNOWN = {"torch": torch, "nn": nn, "sec": secateurs}
+
+
 @pytest.mark.parametrize("name", WITH_EXAMPLES)
-def test_docstring_examples(name: str) -> None:
-    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+def test_docstring_examples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an empty folder, so that what an example saves is gone with it."""
+    monkeypatch.chdir(tmp_path)
+    result = doctest.testmod(importlib.import_module(name), extraglobs=KNOWN, optionflags=doctest.ELLIPSIS)
     assert result.attempted > 0
     assert result.failed == 0
 

@@ -29,7 +29,7 @@ from .measure.macs import macs_by_module
 from .measure.params import bytes_in_memory, parameters
 from .train.scope import prunable_weights
 
-__all__ = ["GRANULARITIES", "Granularity", "plan", "recipe_of", "timer"]
+__all__ = ["GRANULARITIES", "Granularity", "plan", "plan_of_masks", "recipe_of", "timer"]
 
 GRANULARITIES = ("channel", "head", "head-size", "weight", "block:ROWSxCOLUMNS")
 _BLOCK = re.compile(r"block:(\d+)x(\d+)")
@@ -148,6 +148,27 @@ def plan(
         example_inputs=example_inputs,
     )
     return replace(made, warnings=_warnings(made))
+
+
+def plan_of_masks(model: nn.Module, example_inputs: Any, masks: Mapping[str, Tensor], recipe: Recipe) -> ModelPlan:
+    """The plan that masks found in training amount to; scores are the magnitudes of the weights that are left.
+
+    Args:
+        model: with the masks applied.
+        masks: bool, by name and in the shape of each weight.
+        recipe: what was asked.
+    """
+    groups = tuple(WeightGroup(name, tuple(mask.shape)) for name, mask in masks.items())
+    return ModelPlan(
+        groups=groups,
+        scores=score("magnitude", model, groups),
+        keep={name: mask.flatten().cpu() for name, mask in masks.items()},
+        costs=_weight_costs(model, example_inputs, groups),
+        recipe=recipe,
+        fingerprint=fingerprint(model),
+        digest=digest(model),
+        example_inputs=example_inputs,
+    )
 
 
 def recipe_of(

@@ -19,13 +19,13 @@ from .core.errors import OptionError
 from .deploy.store import load_extra, load_model, save_model
 from .graph.plan import ModelPlan, digest
 from .planning import plan as make_plan
-from .planning import recipe_of
+from .planning import plan_of_masks, recipe_of
 from .recover.batchnorm import recalibrate_batch_norm
 from .recover.finetune import Data, History, fine_tune
 from .report.data import Report
 from .summary import Findings, quality_of, summarize
 
-__all__ = ["FineTune", "Pruned", "load", "prune"]
+__all__ = ["FineTune", "Pruned", "load", "prune", "prune_in_training"]
 
 Stage = Callable[[str], None]
 _PLAN = "plan.safetensors"
@@ -51,6 +51,11 @@ class FineTune:
     label_smoothing: float = 0.0
     distill: bool = False
     data: Data | None = None
+
+    def total_steps(self, data: Data) -> int:
+        """Optimizer steps of the whole training on `data`."""
+        first = data(0) if callable(data) else data
+        return self.steps if self.steps is not None else (self.epochs or 0) * len(list(first))
 
     def run(self, model: nn.Module, teacher: nn.Module, data: Data, **options: Any) -> History:
         """The history of training `model` on this recipe's own data, else on `data`."""
@@ -194,11 +199,79 @@ def prune(
 
 def _by_method(name: str) -> Callable[..., Pruned]:
     chosen = get_method(name)
-    if "training" in chosen.needs:
-        raise OptionError(
-            f"{name} prunes inside a training loop: use {chosen.run.__module__}.{chosen.run.__qualname__}."
+    if "builder" in chosen.needs:
+        raise OptionError(f"{name} compares trainings of a fresh network: call {chosen.run.__module__}.{chosen.run.__qualname__}.")
+    run: Callable[..., Pruned] = chosen.run
+    return run
+
+
+def prune_in_training(
+    model: nn.Module,
+    example_inputs: Any,
+    budget: str | Budget,
+    pruner: Callable[[nn.Module, Any, int, dict[str, Any]], Any],
+    *,
+    recover: FineTune | None,
+    data: Iterable[Any] | None = None,
+    test: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    allocation: str = "uniform",
+    scope: str | Sequence[str] | None = None,
+    ignore: str | Sequence[str] = (),
+    seed: int = 0,
+    measure: bool = True,
+    inplace: bool = False,
+    checkpoint: str | Path | None = None,
+    on_stage: Stage | None = None,
+    on_step: Callable[[Any], None] | None = None,
+    name: str | None = None,
+    **_unused: Any,
+) -> Pruned:
+    """`model` trained by `recover` with a train-time pruner at work, as `prune` reports it.
+
+    Args:
+        pruner: from (model, optimizer, number of optimizer steps, {scope, ignore}) to the pruner.
+        recover: the training.
+        allocation: what the pruner follows, for the report.
+        others: as for `prune`.
+
+    Raises:
+        OptionError: no training, or no data for it.
+    """
+    if recover is None:
+        raise OptionError("this method prunes while it trains: pass recover=FineTune(epochs=…, lr=…) and data=.")
+    batches = None if data is None else take(data)
+    tests = None if test is None else take(test, what="test data")
+    training = recover.data or batches
+    if training is None:
+        raise OptionError("recover= needs training data: pass data=, or FineTune(data=…).")
+    notes = Findings(model=name or type(model).__name__)
+    clock = _Clock(notes.seconds, on_stage or (lambda _name: None))
+    if tests is not None:
+        notes.quality["before"] = quality_of(model, tests)
+    made = copy.deepcopy(model)
+    steps = recover.total_steps(training)
+    chosen = {"scope": scope, "ignore": ignore}
+    built: list[Any] = []
+
+    def build(trained: nn.Module, optimizer: Any) -> Any:
+        built.append(pruner(trained, optimizer, steps, chosen))
+        return built[0]
+
+    with clock("training"):
+        notes.history = recover.run(
+            made, model, training, pruner=build, loss=loss, seed=seed, checkpoint=checkpoint, on_step=on_step
         )
-    return chosen.run
+    masks = built[0].finalize()
+    if tests is not None:
+        notes.quality["pruned in training"] = quality_of(made, tests)
+    recipe = recipe_of(
+        budget, granularity="weight", allocation=allocation, scope=scope, ignore=ignore, seed=seed
+    )  # fmt: skip
+    decided = plan_of_masks(made, example_inputs, masks, recipe)
+    with clock("measuring"):
+        report = summarize(model, made, decided, example_inputs, notes, timed=measure)
+    return Pruned(_take_place(model, made) if inplace else made, decided, report, masks)
 
 
 class _Clock:

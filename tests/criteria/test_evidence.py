@@ -218,6 +218,12 @@ def test_modules_that_are_never_called_are_named() -> None:
         score("wanda", Wrapped(), [group], data=[torch.randn(1, 3, 4)])
 
 
+def test_one_silent_module_among_others_is_named() -> None:
+    data = vectors(2, features=2, classes=2)
+    with pytest.raises(ModelError, match=r"no call of unused was seen"):
+        observe(Routed(), data, {"used": lambda *found: None, "unused": lambda *found: None})
+
+
 rows = st.lists(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=2), max_size=5)
 
 

@@ -208,3 +208,18 @@ def test_synflow_scores_a_tied_weight_once_for_both_uses() -> None:
     assert torch.equal(found["0.weight"], found["2.weight"])
     # R is of degree two in the tied weight.
     assert found["0.weight"].sum().item() == pytest.approx(2.0, rel=1e-5)
+
+
+def test_synflow_leaves_out_labels_and_keeps_masks() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(2, 2, bias=False)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.a(x) * mask[:, None]
+
+    model = Masked()
+    batch = {"x": torch.randn(2, 2), "mask": torch.tensor([3, 0]), "labels": torch.tensor([0, 1])}
+    found = score("synflow", model, weight_groups(model), data=[batch])["a.weight"]
+    torch.testing.assert_close(found, (model.a.weight.abs() / model.a.weight.abs().sum()).detach().flatten())

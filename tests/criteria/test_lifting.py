@@ -206,7 +206,7 @@ class Other:
 
     name, size, kind, tensors = "layers", 2, "layer", ("0.weight", "2.weight")
 
-    def lift(self, saliency: dict[str, Tensor], reduce: str = "sum") -> dict[str, Tensor]:
+    def lift(self, saliency: dict[str, Tensor], reduce: str = "sum", cache: object = None) -> dict[str, Tensor]:
         return {n: saliency[n].sum() * torch.tensor([i == 0, i == 1]) for i, n in enumerate(self.tensors)}
 
     def spread(self, keep: Tensor) -> dict[str, Tensor]:

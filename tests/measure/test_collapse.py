@@ -146,6 +146,7 @@ def test_rank_is_not_judged_on_few_samples():
     with torch.no_grad():
         net.weight.copy_(torch.outer(torch.randn(6), torch.randn(6)))
     assert collapse(net, torch.randn(7, 6)) == ()
+    assert collapse(net, torch.randn(2, 50, 6)) == ()
     assert collapse(net, [torch.randn(4, 6), torch.randn(4, 6)]) != ()
 
 

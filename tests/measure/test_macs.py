@@ -91,6 +91,12 @@ def test_grouped_queries_count_every_query_head():
     assert macs(attend, (q, kv, kv)) == 4 * 5 * 5 * 16
 
 
+def test_fused_attention_counts_the_size_of_values():
+    rule = RULES["aten::_scaled_dot_product_flash_attention_for_cpu"]
+    q, k, v = torch.zeros(2, 3, 5, 8), torch.zeros(2, 3, 7, 8), torch.zeros(2, 3, 7, 6)
+    assert rule((q, k, v), None, Tensor.numel) == 2 * 3 * 5 * 7 * (8 + 6)
+
+
 def test_attention_over_packed_sequences():
     query, key = torch.zeros(5, 2, 8), torch.zeros(6, 2, 8)
     ends_q, ends_k = torch.tensor([0, 2, 5]), torch.tensor([0, 4, 6])
@@ -100,6 +106,8 @@ def test_attention_over_packed_sequences():
     assert efficient((query, key, key, None, ends_q, ends_k), None, Tensor.numel) == pairs * 2 * 16
     whole = torch.zeros(3, 5, 2, 8), torch.zeros(3, 6, 2, 8)
     assert flash((whole[0], whole[1], whole[1], None, None), None, Tensor.numel) == 3 * 5 * 6 * 2 * 16
+    package = RULES["flash_attn::_flash_attn_forward"]
+    assert package((whole[0], whole[1], whole[1], 0.0, 1.0), None, Tensor.numel) == 3 * 5 * 6 * 2 * 16
 
 
 @pytest.mark.parametrize(
@@ -119,6 +127,18 @@ def test_fused_recurrent_layers_of_accelerators():
 def test_a_second_rule_for_an_op_is_refused():
     with pytest.raises(OptionError, match="two rules count the MACs of aten::mm"):
         _rule("aten::mm")(lambda args, output, count: 0.0)
+
+
+def test_ops_from_elsewhere_without_a_rule_are_named():
+    library = torch.library.Library("secateurs_test", "FRAGMENT")
+    library.define("squares(Tensor x) -> Tensor")
+    library.impl("squares", lambda x: x @ x, "CPU")
+    net = Function(lambda x: torch.ops.secateurs_test.squares(x) @ x)
+    seen = trace(net, torch.zeros(2, 2))
+    assert seen.uncounted == ("secateurs_test::squares",)
+    assert seen.macs == {"": 8.0}
+    assert trace(nn.Linear(2, 2), torch.zeros(2, 2)).uncounted == ()
+    library._destroy()
 
 
 @given(

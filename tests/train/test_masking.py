@@ -155,9 +155,8 @@ def test_a_skipped_step_is_not_counted_and_infinity_under_a_mask_is_no_overflow(
     scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
     for inputs, counted in (([1.0, torch.inf], 1), ([torch.inf, 1.0], 1), ([1.0, 1.0], 2)):
         optimizer.zero_grad()
-        # The forward would make NaN of infinity times zero; only the gradient is of interest.
-        scaler.scale((model.weight * torch.tensor([inputs])).nan_to_num().sum()).backward()
-        model.weight.grad = torch.tensor([inputs]).masked_fill(torch.tensor([[False, True]]), float(model.weight.grad[0, 1]))
+        # The loss is not a number for some of them; the gradient is `inputs` all the same.
+        scaler.scale((model.weight * torch.tensor([inputs])).sum()).backward()
         scaler.step(optimizer)
         scaler.update()
         assert masks.steps == counted
@@ -185,7 +184,7 @@ def test_closures_are_allowed_unless_values_are_remembered() -> None:
         assert not model[0].weight[~KEEP].any()
     with (
         Masks(model, {"0.weight": KEEP}, revive="value").watch(optimizer),
-        pytest.raises(OptionError, match="without a closure"),
+        pytest.raises(OptionError, match=r"without a closure"),
     ):
         optimizer.step(closure)
 
@@ -197,7 +196,7 @@ def test_lbfgs_is_refused() -> None:
 
 
 def test_an_optimizer_of_another_model_is_refused() -> None:
-    with pytest.raises(OptionError, match="holds none of the masked parameters"):
+    with pytest.raises(OptionError, match=r"holds none of the masked parameters"):
         Masks(net(), {"0.weight": KEEP}).watch(torch.optim.SGD(net().parameters(), 0.1))
 
 
@@ -263,9 +262,9 @@ def test_wrong_masks_are_refused_before_anything_changes(masks: dict[str, Tensor
 
 
 def test_unknown_fate_and_unknown_parameter_in_set() -> None:
-    with pytest.raises(OptionError, match="revive must be never, value or one-step, got 'maybe'"):
+    with pytest.raises(OptionError, match=r"revive must be never, value or one-step, got 'maybe'"):
         Masks(net(), {}, revive="maybe")  # type: ignore[arg-type]
-    with pytest.raises(OptionError, match="unknown masked parameter '2.weight'"):
+    with pytest.raises(OptionError, match=r"unknown masked parameter '2.weight'"):
         Masks(net(), {"0.weight": KEEP}).set({"2.weight": torch.eye(2).bool()})
     with pytest.raises(KeyError):
         Masks(net(), {"0.weight": KEEP})["2.weight"]
@@ -297,7 +296,7 @@ def test_replaced_parameters_and_unfrozen_ones_are_gated_again() -> None:
 def test_sparse_gradients_are_refused() -> None:
     embedding = nn.Embedding(3, 2, sparse=True)
     Masks(embedding, {"weight": torch.eye(3, 2).bool()})
-    with pytest.raises(ModelError, match="gradient of weight is sparse"):
+    with pytest.raises(ModelError, match=r"gradient of weight is sparse"):
         embedding(torch.tensor([0])).sum().backward()
 
 
@@ -456,5 +455,5 @@ def test_state_of_another_model_is_refused() -> None:
         Masks(net(), {"2.weight": torch.eye(2).bool()}).load_state_dict(state)
     with pytest.raises(PlanError, match=r"0.weight has shape \[2, 3\], the parameter \[3, 2\]"):
         Masks(nn.Sequential(nn.Linear(2, 3)), {"0.weight": KEEP.T}).load_state_dict(state)
-    with pytest.raises(PlanError, match="no remembered values of 0.weight"):
+    with pytest.raises(PlanError, match=r"no remembered values of 0.weight"):
         Masks(net(), {"0.weight": KEEP}, revive="value").load_state_dict(state)

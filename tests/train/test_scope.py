@@ -86,25 +86,25 @@ def test_values_are_the_model_s_parameters() -> None:
 
 @pytest.mark.parametrize("where", ["scope", "ignore"])
 def test_a_pattern_without_a_match_is_refused(where: str) -> None:
-    with pytest.raises(OptionError, match="unknown weight pattern 'cnv.weight'; the nearest are conv.weight"):
+    with pytest.raises(OptionError, match=r"unknown weight pattern 'cnv.weight'; the nearest are conv.weight"):
         prunable_weights(Zoo(), **{where: "cnv.weight"})
 
 
 def test_norms_and_biases_cannot_be_asked_for() -> None:
     for pattern in ("planar", "layer_norm.weight", "fc.bias", "codes"):
-        with pytest.raises(OptionError, match="unknown weight pattern"):
+        with pytest.raises(OptionError, match=r"unknown weight pattern"):
             prunable_weights(Zoo(), pattern)
 
 
 def test_nothing_left_is_refused() -> None:
-    with pytest.raises(ModelError, match="nothing to prune in LayerNorm"):
+    with pytest.raises(ModelError, match=r"nothing to prune in LayerNorm"):
         prunable_weights(nn.LayerNorm(4))
-    with pytest.raises(ModelError, match="nothing to prune in Linear"):
+    with pytest.raises(ModelError, match=r"nothing to prune in Linear"):
         prunable_weights(nn.Linear(2, 2), ignore="weight")
 
 
 def test_lazy_layers_are_refused() -> None:
-    with pytest.raises(ModelError, match="0.weight has no shape yet"):
+    with pytest.raises(ModelError, match=r"0.weight has no shape yet"):
         prunable_weights(nn.Sequential(nn.LazyLinear(3)))
 
 

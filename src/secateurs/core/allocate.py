@@ -205,7 +205,8 @@ def lamp_scores(scores: Tensor) -> Tensor:
     """
     if bool(((scores < 0) | scores.isinf()).any()):
         raise OptionError("lamp is defined for finite magnitudes, got negative or infinite scores; use global.")
-    squares, order = scores.double().square().sort(descending=True, stable=True)
+    ordered, order = scores.sort(descending=True, stable=True)
+    squares = ordered.double().square()
     ranked = squares / squares.cumsum(0)
     # Units of magnitude 0 in a group that is 0 up to there: 0/0 is "worth nothing".
     return torch.empty_like(ranked).scatter_(0, order, ranked.nan_to_num(0.0))

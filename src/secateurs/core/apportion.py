@@ -35,7 +35,7 @@ def apportion(
         return {n: rest.get(n, caps[n]) for n in names}
     level = _water_level(weights, total, floors, caps)
     exact = {n: min(max(level * weights[n], floors[n]), caps[n]) for n in names}
-    return _largest_remainders(exact, total, caps)
+    return _largest_remainders(exact, total)
 
 
 def _water_level(weights: Mapping[str, float], total: int, floors: Mapping[str, int], caps: Mapping[str, int]) -> float:
@@ -54,12 +54,9 @@ def _water_level(weights: Mapping[str, float], total: int, floors: Mapping[str, 
     return kinks[left] + (kinks[right] - kinks[left]) * passed
 
 
-def _largest_remainders(exact: Mapping[str, float], total: int, caps: Mapping[str, int]) -> dict[str, int]:
-    # What is an integer but for rounding errors must count as one, or it would compete with true remainders.
-    near = {name: round(x) if abs(x - round(x)) < 1e-9 + 1e-12 * x else x for name, x in exact.items()}
-    counts = {name: math.floor(x) for name, x in near.items()}
-    order = sorted(near, key=lambda name: counts[name] - near[name])
-    missing = total - sum(counts.values())
-    for name in [name for name in order if counts[name] < caps[name]][: max(missing, 0)]:
+def _largest_remainders(exact: Mapping[str, float], total: int) -> dict[str, int]:
+    counts = {name: math.floor(x) for name, x in exact.items()}
+    order = sorted(exact, key=lambda name: counts[name] - exact[name])
+    for name in order[: total - sum(counts.values())]:
         counts[name] += 1
     return counts

@@ -30,7 +30,8 @@ class Method:
         how: criterion, allocation and schedule, in a few words.
         run: what a user calls: for a method applied to a model `(model, example_inputs, budget, **options) -> Pruned`,
             for one inside training the class or function that makes its pruner.
-        needs: of "data", "labels", "gradients", "training".
+        needs: of "data", "labels", "gradients", "training", and "builder" if it starts from a function that makes
+            untrained networks.
         fused: what it is combined with, as "distillation".
         claim: the paper's claim that `benchmarks` checks, one sentence.
     """

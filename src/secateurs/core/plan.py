@@ -1,4 +1,4 @@
-"""The decision as data: what goes, why, and for which budget. It knows no model; see `graph.plan` for its application."""
+"""The decision as data: what goes, why, and for which budget. It knows no model; `graph.plan` applies it to one."""
 
 from __future__ import annotations
 
@@ -223,9 +223,9 @@ class Plan:
         return not self.diff(other)
 
     def __str__(self) -> str:
-        left = {m: self.cost(m) for m in ("macs", "params") if m in self.costs.metrics}
+        left = ", ".join(f"{self.cost(m):.1%} of {m}" for m in ("macs", "params") if m in self.costs.metrics)
         lines = [
-            f"budget {self.recipe.budget}: {', '.join(f'{share:.1%} of {metric}' for metric, share in left.items())} left; "
+            f"budget {self.recipe.budget}: {left} left; "
             f"{self.recipe.criterion}, {self.recipe.allocation}, {len(self.groups)} groups of {self.recipe.granularity}"
         ]
         steps = self.steps()

@@ -100,7 +100,9 @@ def read_state(path: str | Path, kind: str = "training state") -> Any:
             header = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError) as error:
-        raise FileError(f"{path} cannot be read as {kind} ({error}); it is missing, truncated or damaged: make it again.") from error
+        raise FileError(
+            f"{path} cannot be read as {kind} ({error}); it is missing, truncated or damaged: make it again."
+        ) from error
     if header.get("format") != f"secateurs {kind}":
         raise FileError(f"{path} is a safetensors file but not {kind} of secateurs.")
     if header.get("version") != _VERSION:

@@ -19,9 +19,21 @@ from torch import Tensor
 from .dims import Dim, index
 from .errors import OptionError
 
-__all__ = ["ChannelGroup", "Group", "Member", "Reduce", "WeightGroup", "combine", "normalized", "reduce_units"]
+__all__ = [
+    "ChannelGroup",
+    "Group",
+    "Member",
+    "Reduce",
+    "WeightGroup",
+    "combine",
+    "normalized",
+    "reduce_rows",
+    "reduce_units",
+]
 
 Reduce = Literal["sum", "mean", "max"]
+# Rows already reduced, by (tensor, axis, reduction).
+Cache = dict[tuple[str, int, str], Tensor]
 
 
 class Group(Protocol):
@@ -43,8 +55,13 @@ class Group(Protocol):
     def tensors(self) -> tuple[str, ...]:
         """Qualified names of the parameters that carry the units, without repetition."""
 
-    def lift(self, saliency: Mapping[str, Tensor], reduce: Reduce = "sum") -> dict[str, Tensor]:
-        """Per tensor present in `saliency`, the reduction of its entries over each unit: float [size]."""
+    def lift(
+        self, saliency: Mapping[str, Tensor], reduce: Reduce = "sum", cache: Cache | None = None
+    ) -> dict[str, Tensor]:
+        """Per tensor present in `saliency`, the reduction of its entries over each unit: float [size].
+
+        Groups that share wide tensors share `cache`, a dict, so that no tensor is summed twice.
+        """
 
     def spread(self, keep: Tensor) -> dict[str, Tensor]:
         """Per tensor the bool mask, broadcastable to its shape, of the entries that stay; `keep` is bool [size]."""
@@ -86,15 +103,19 @@ class ChannelGroup:
         """For each position of the member's axis the unit it belongs to: int64 [axis], -1 for none."""
         return index(member.dim, self.name)
 
-    def lift(self, saliency: Mapping[str, Tensor], reduce: Reduce = "sum") -> dict[str, Tensor]:
+    def lift(
+        self, saliency: Mapping[str, Tensor], reduce: Reduce = "sum", cache: Cache | None = None
+    ) -> dict[str, Tensor]:
         """See `Group.lift`. A tensor that carries the group on two axes counts each entry once per axis."""
         lifted: dict[str, Tensor] = {}
+        cache = {} if cache is None else cache
         for member in self.members:
             if member.tensor not in saliency:
                 continue
-            values = saliency[member.tensor].movedim(member.axis, 0)
-            units = self.units_along(member).to(values.device)
-            scores = reduce_units(values, units, self.size, reduce)
+            key = (member.tensor, member.axis, reduce)
+            if key not in cache:
+                cache[key] = reduce_rows(saliency[member.tensor].movedim(member.axis, 0), reduce)
+            scores = _reduce_positions(cache[key], self.units_along(member), self.size, reduce)
             lifted[member.tensor] = lifted[member.tensor] + scores if member.tensor in lifted else scores
         return lifted
 
@@ -160,7 +181,9 @@ class WeightGroup:
         across = torch.arange(columns) // self.block[1]
         return (down[:, None] * self.grid[1] + across[None, :]).flatten()
 
-    def lift(self, saliency: Mapping[str, Tensor], reduce: Reduce = "sum") -> dict[str, Tensor]:
+    def lift(
+        self, saliency: Mapping[str, Tensor], reduce: Reduce = "sum", cache: Cache | None = None
+    ) -> dict[str, Tensor]:
         """See `Group.lift`."""
         if self.name not in saliency:
             return {}
@@ -187,23 +210,35 @@ def reduce_units(values: Tensor, units: Tensor, size: int, reduce: Reduce = "sum
     Raises:
         OptionError: an unknown reduction.
     """
+    return _reduce_positions(reduce_rows(values, reduce), units, size, reduce)
+
+
+def reduce_rows(values: Tensor, reduce: Reduce = "sum") -> Tensor:
+    """`values` [positions, …] reduced over all axes but the first: [positions], in float32 or wider.
+
+    Raises:
+        OptionError: an unknown reduction.
+    """
     if reduce not in ("sum", "mean", "max"):
         raise OptionError(f"reduce must be sum, mean or max, got {reduce!r}.")
-    wide = _as_matrix(values).to(torch.promote_types(values.dtype, torch.float32))
+    wide = torch.promote_types(values.dtype, torch.float32)
+    if values.dim() == 1:
+        return values.to(wide)
+    axes = tuple(range(1, values.dim()))
+    if reduce == "max":
+        return values.amax(axes).to(wide)
+    return values.sum(axes, dtype=wide) if reduce == "sum" else values.mean(axes, dtype=wide)
+
+
+def _reduce_positions(rows: Tensor, units: Tensor, size: int, reduce: Reduce) -> Tensor:
+    """One value a unit from one value a position; units of one tensor all have rows of the same width."""
+    units = units.to(rows.device)
     inside = units >= 0
-    units = units[inside]
-    rows = wide[inside].amax(1) if reduce == "max" else wide[inside].sum(1)
+    rows, units = rows[inside], units[inside]
     if reduce == "max":
         return rows.new_full((size,), -torch.inf).scatter_reduce(0, units, rows, "amax")
     total = rows.new_zeros(size).index_add_(0, units, rows)
-    if reduce == "sum":
-        return total
-    entries = rows.new_zeros(size).index_add_(0, units, torch.full_like(rows, wide.shape[1]))
-    return total / entries.clamp(min=1)
-
-
-def _as_matrix(values: Tensor) -> Tensor:
-    return values.flatten(1) if values.dim() > 1 else values[:, None]
+    return total if reduce == "sum" else total / torch.bincount(units, minlength=size).clamp(min=1)
 
 
 def normalized(scores: Tensor, how: str) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..core.batch import Loss, take
 from ..core.errors import ModelError, OptionError
-from ..core.units import Group, WeightGroup, normalized
+from ..core.units import Cache, Group, WeightGroup, normalized
 from .lifting import Lift, lifted, resolve, select
 from .registry import Criterion, criteria, get_criterion
 
@@ -148,9 +148,10 @@ def _from_entries(
     for name, values in saliency.items():
         _check_saliency(criterion, name, values, parameters[name])
     finish = None if criterion.finish is None else partial(criterion.finish, **own)
-    scores = {}
+    scores: dict[str, Tensor] = {}
+    cache: Cache = {}
     for group in parts:
-        found = lifted(group, saliency, lift, signed=criterion.signed, finish=finish)
+        found = lifted(group, saliency, lift, signed=criterion.signed, finish=finish, cache=cache)
         if found is None:
             raise ModelError(
                 f"criterion {criterion.name!r} has no score for group {group.name!r}: none of its tensors "

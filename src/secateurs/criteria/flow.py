@@ -79,7 +79,7 @@ def synflow(
         dtype: of the computation; R overflows float32 in deep networks, so the default is float64.
 
     Raises:
-        ModelError: inputs are integers (there is no "one" among tokens), or R is zero or overflows.
+        ModelError: all inputs are integers (there is no "one" among tokens), or R is zero or overflows.
     """
     args, kwargs = _ones(data[0], dtype, device_of(model))
     state = {n: _positive(t, dtype) for n, t in (*model.named_parameters(), *model.named_buffers())}
@@ -133,13 +133,15 @@ def _positive(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _ones(batch: Any, dtype: torch.dtype, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments like the inputs of `batch`, but of one sample and of ones."""
+    """Positional and keyword arguments like the inputs of `batch`, but of one sample and of ones; masks stay."""
     inputs = split(next(samples(batch)))[0]
-    if any(not leaf.is_floating_point() for leaf in leaves(inputs)):
+    if isinstance(inputs, dict):
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+    if not any(leaf.is_floating_point() for leaf in leaves(inputs)):
         raise ModelError(
             "synflow feeds a tensor of ones, and this model takes integers (tokens): use another criterion, as snip."
         )
-    made = move(mapped(inputs, lambda tensor: torch.ones_like(tensor, dtype=dtype)), device)
+    made = move(mapped(inputs, lambda t: torch.ones_like(t, dtype=dtype) if t.is_floating_point() else t), device)
     if isinstance(made, dict):
         return (), made
     return (made if isinstance(made, tuple) else (made,)), {}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..core.batch import Loss
 from ..core.errors import OptionError
-from ..core.units import Group
+from ..core.units import Cache, Group
 from .evidence import Per, RunningMean, each_gradient, gradients, values
 from .lifting import Lift, select
 from .registry import criterion
@@ -138,7 +138,8 @@ def _products(
 
 def _gates(groups: Sequence[Group], products: dict[str, Tensor]) -> dict[str, Tensor]:
     """Per group the sum of `products` over each unit: float64 on the CPU, so that small squares do not vanish."""
-    lifted = {group.name: group.lift(products, "sum").values() for group in groups}
+    cache: Cache = {}
+    lifted = {group.name: group.lift(products, "sum", cache).values() for group in groups}
     return {name: sum(p.cpu().double() for p in parts) for name, parts in lifted.items()}  # type: ignore[misc]
 
 

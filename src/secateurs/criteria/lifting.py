@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..core.dims import size
 from ..core.errors import ModelError, OptionError
-from ..core.units import ChannelGroup, Group, Member, Reduce, WeightGroup, combine, normalized
+from ..core.units import Cache, ChannelGroup, Group, Member, Reduce, WeightGroup, combine, normalized
 
 __all__ = ["Lift", "lifted", "owner", "resolve", "select"]
 
@@ -117,6 +117,7 @@ def lifted(
     *,
     signed: bool = False,
     finish: Callable[[Tensor], Tensor] | None = None,
+    cache: Cache | None = None,
 ) -> Tensor | None:
     """One score per unit of `group`: float [size]; None where `saliency` has none of its tensors.
 
@@ -126,8 +127,9 @@ def lifted(
         lift: see `Lift`.
         signed: whether the saliencies carry a sign.
         finish: applied to the reduced scores inside each tensor, before they are normalised (the root of a norm).
+        cache: shared by the groups of one call; see `Group.lift`.
     """
-    parts = list(group.lift(saliency, lift.reduce).values())
+    parts = list(group.lift(saliency, lift.reduce, cache).values())
     if not parts:
         return None
     how = lift.normalize or ("none" if signed or isinstance(group, WeightGroup) else "mean")

@@ -8,6 +8,7 @@ next `replace`. One writer at a time.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable
@@ -83,10 +84,10 @@ def _cleared(folder: Path) -> Path:
     """A new empty folder beside `folder`, after what killed programs left there is put in order."""
     if current(folder) != folder:
         os.rename(_aside(folder), folder)
+    _discard(folder)
     fresh = _beside(folder, "saving")
-    for left in (fresh, _beside(folder, "discarded")):
-        if left.exists():
-            shutil.rmtree(left)
+    if fresh.exists():
+        shutil.rmtree(fresh)
     fresh.mkdir()
     return fresh
 
@@ -102,9 +103,16 @@ def _exchange(folder: Path, fresh: Path) -> None:
             os.rename(aside, folder)
         raise
     _sync(folder.parent)
+    # The new folder is in place: what is left of the old one, the next save clears away as well.
+    with contextlib.suppress(OSError):
+        _discard(folder)
+
+
+def _discard(folder: Path) -> None:
+    """Deletes what stepped aside; renamed first, so that half of a folder is never taken for the one that did."""
+    aside, discarded = _aside(folder), _beside(folder, "discarded")
+    shutil.rmtree(discarded, ignore_errors=True)
     if aside.exists():
-        # Renamed first, so that a half-deleted folder is never taken for the one that stepped aside.
-        discarded = _beside(folder, "discarded")
         os.rename(aside, discarded)
         shutil.rmtree(discarded, ignore_errors=True)
 

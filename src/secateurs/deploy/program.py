@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.errors import ModelError
+from ..core.errors import ModelError, OptionError
 from .agreement import agree, arguments, batch_shapes, enlarged, exporting, outputs
 from .folder import replace_file
 
@@ -32,7 +32,7 @@ def export_program(
     Args:
         model: exported in evaluation mode; it is left as it was.
         example_inputs: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
-        path: the file; PyTorch expects the suffix `.pt2`.
+        path: the file; PyTorch reads programs from names that end in `.pt2`.
         dynamic_batch: whether the program accepts other batch sizes than that of the example. Default: no.
         check: whether the file is loaded and run on the example inputs (with `dynamic_batch` also on one sample more)
             before it is put in place. Default: yes.
@@ -42,8 +42,13 @@ def export_program(
     Raises:
         ModelError: PyTorch cannot export the model.
         ProofError: the file and the model disagree; nothing was written.
+        OptionError: the path has another suffix.
+
+    >>> export_program(pruned, images, "pruned.pt2", dynamic_batch=True)
     """
     place = Path(path)
+    if place.suffix != ".pt2":
+        raise OptionError(f"{str(path)!r} does not end in .pt2, and PyTorch reads programs from such names only.")
     with exporting(model):
         program = _program(model, example_inputs, dynamic_batch)
 

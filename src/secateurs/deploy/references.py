@@ -30,7 +30,7 @@ __all__ = ["ROOTS", "Kind", "module_of", "name_of", "passive", "resolve", "untru
 
 Kind = Literal["module", "object", "enum", "record", "value"]
 
-ROOTS = ("builtins", "collections", "functools", "secateurs", "timm", "torch", "torchvision", "transformers")
+ROOTS = ("builtins", "collections", "secateurs", "timm", "torch", "torchvision", "transformers")
 
 _BUILTIN_NAMES = (
     "abs bool bytes complex dict float frozenset int len list max min object range round set slice str sum tuple"

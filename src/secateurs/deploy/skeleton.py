@@ -24,10 +24,11 @@ from torch.nn.utils import parametrize
 
 from ..core.errors import FileError
 from . import quirks
+from .decoding import Reader
+from .encoding import Writer, settled
 from .fields import checked
 from .references import module_of, untrusted
 from .tensors import TensorTable, rebuild
-from .values import Reader, Writer, settled
 
 __all__ = ["decode", "encode"]
 
@@ -187,7 +188,7 @@ def _join(path: str, name: str) -> str:
 
 
 def _place(path: str, module: nn.Module) -> str:
-    return f"{path or 'the model itself'} ({type(module).__qualname__})"
+    return f"{path or 'the model itself'} ({type(module).__name__})"
 
 
 def _obstacles(module: nn.Module) -> Iterator[str]:

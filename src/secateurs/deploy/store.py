@@ -53,11 +53,13 @@ def save_model(model: nn.Module, folder: str | Path, *, extra: Mapping[str, Any]
     Raises:
         FileError: something in the model cannot be saved (the message lists all of it), the folder holds other files,
             or the disk refuses.
-        OptionError: a name in `extra` is not that of a file, or its value is not JSON.
+        OptionError: `model` is no module, a name in `extra` is not that of a file, or its value is not JSON.
 
     >>> save_model(pruned, "smaller")
     >>> same = load_model("smaller")
     """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"save_model takes a module, not {type(model).__qualname__}: pass the model itself.")
     place = Path(folder).resolve()
     files = {name: _bytes(name, value) for name, value in _file_names(extra or {}).items()}
     _refuse_foreign(place)
@@ -78,9 +80,14 @@ def load_model(folder: str | Path, *, trust: Sequence[str] = (), device: torch.d
     Raises:
         FileError: a file is missing, truncated, was changed after saving, was written by another format of
             secateurs, or names code that is not allowed or not installed.
+        OptionError: `trust` is a string, or `device` is none that this PyTorch knows.
     """
     if isinstance(trust, str):
         raise OptionError(f"trust is a sequence of package names: pass trust=({trust!r},), not {trust!r}.")
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise OptionError(f"{device!r} is not a device: pass one such as 'cpu' or 'cuda:0'.") from error
     place = current(Path(folder).resolve())
     document = _document(place)
     _check_files(place, document)
@@ -176,6 +183,8 @@ def _write(folder: Path, skeleton: dict[str, Any], tensors: dict[str, Tensor], f
         "model": skeleton,
     }
     (folder / _MODEL).write_text(json.dumps(document, indent=1, allow_nan=False), encoding="utf-8")
+    # safetensors writes files that only their owner may read.
+    (folder / _WEIGHTS).chmod((folder / _MODEL).stat().st_mode)
 
 
 def _packages(uses: Sequence[str]) -> dict[str, str]:
@@ -247,7 +256,7 @@ def _check_file(path: Path, expected: Any) -> None:
         raise FileError(f"{path} was changed after it was saved: its checksum differs; save or copy it again.")
 
 
-def _open(folder: Path, document: Mapping[str, Any], trust: Sequence[str], device: torch.device | str) -> nn.Module:
+def _open(folder: Path, document: Mapping[str, Any], trust: Sequence[str], device: torch.device) -> nn.Module:
     skeleton = document["model"]
     try:
         with safe_open(folder / _WEIGHTS, framework="pt", device="cpu") as weights:

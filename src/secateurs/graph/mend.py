@@ -9,12 +9,10 @@ from torch import nn
 
 from ..core.dims import Dim, Fixed, product, size
 
-__all__ = ["apply_edits", "leaf_edits", "matching_attributes"]
+__all__ = ["apply_edits", "holds", "leaf_edits", "matching_attributes"]
 
 
-def leaf_edits(
-    model: nn.Module, tensors: Mapping[str, tuple[Dim, ...]], groups: Mapping[str, Dim]
-) -> dict[str, Dim]:
+def leaf_edits(model: nn.Module, tensors: Mapping[str, tuple[Dim, ...]], groups: Mapping[str, Dim]) -> dict[str, Dim]:
     """For every layer of a kind PyTorch defines, which of its integers equal which dimension of its tensors.
 
     Args:
@@ -48,6 +46,8 @@ def _of_layer(module: nn.Module, own: Mapping[str, tuple[Dim, ...]], groups: Dim
         return {"num_channels": weight[0]}
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return {f"normalized_shape[{i}]": dim for i, dim in enumerate(weight)}
+    if isinstance(module, nn.PReLU):
+        return {"num_parameters": weight[0]}
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return {"embedding_dim": weight[1]}
     if hasattr(module, "nf") and hasattr(module, "nx") and len(weight) == 2:  # Hugging Face's Conv1D, [in, out]
@@ -56,7 +56,7 @@ def _of_layer(module: nn.Module, own: Mapping[str, tuple[Dim, ...]], groups: Dim
 
 
 def matching_attributes(module: nn.Module, value: int) -> list[str]:
-    """The attributes of `module` that hold the integer `value`, also inside tuples and lists, as `name` or `name[i]`."""
+    """The attributes of `module` that hold the integer `value`: `name`, or `name[i]` inside a tuple or list."""
     found: list[str] = []
     for name, held in vars(module).items():
         if name.startswith("_"):
@@ -66,6 +66,13 @@ def matching_attributes(module: nn.Module, value: int) -> list[str]:
         elif isinstance(held, (tuple, list)):
             found.extend(f"{name}[{i}]" for i, v in enumerate(held) if type(v) is int and v == value)
     return found
+
+
+def holds(model: nn.Module, key: str, value: int) -> bool:
+    """Whether the attribute that `key` (`path.name`) names exists and is the integer `value`."""
+    path, _, attribute = key.rpartition(".")
+    held = getattr(model.get_submodule(path), attribute, None)
+    return type(held) is int and held == value
 
 
 def apply_edits(model: nn.Module, edits: Mapping[str, Dim], counts: Mapping[str, int]) -> None:
@@ -80,6 +87,7 @@ def _set(module: nn.Module, attribute: str, value: int) -> None:
     if not bracket:
         setattr(module, name, value)
         return
-    held: Any = list(getattr(module, name))
-    held[int(position.rstrip("]"))] = value
-    setattr(module, name, type(getattr(module, name))(held))
+    held: Any = getattr(module, name)
+    values = list(held)
+    values[int(position.rstrip("]"))] = value
+    setattr(module, name, held._make(values) if hasattr(held, "_make") else type(held)(values))

@@ -17,7 +17,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     never constructed: an existing module changes class, so that weights, flags and hooks stay.
     """
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         query: Tensor,
         key: Tensor,
@@ -28,7 +28,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention output and, if `need_weights`, the attention weights; shapes as in `torch.nn.MultiheadAttention`."""
+        """Attention output and, if `need_weights`, the attention weights; shapes as in the class that it replaces."""
         batched = query.dim() == 3
         if not batched:
             query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
@@ -72,7 +72,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         )
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return x.view(*x.shape[:-1], self.num_heads, -1).transpose(1, 2)
 
     def _mask(self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
         """Both masks as one additive float mask, broadcastable to [batch, heads, queries, keys]."""

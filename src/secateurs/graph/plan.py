@@ -1,4 +1,4 @@
-"""A plan for a model: it can be applied as zeros or as a cut, saved, and applied again elsewhere with the same result."""
+"""A plan for a model: applied as zeros or as a cut, saved, and applied again elsewhere with the same result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..core.plan import Plan, Recipe, pack, unpack
 from ..core.state import read_state, write_state
 from ..core.units import ChannelGroup, WeightGroup
 from .cut import check_fits, cut, element_masks, mask, prove
-from .structure import Structure, fingerprint
+from .structure import Structure, fingerprint, long_names, short_names, substituted
 from .twin import named_tensors
 
 __all__ = ["ModelPlan", "digest"]
@@ -106,7 +106,7 @@ class ModelPlan(Plan):
             "digest": self.digest,
             "structure": None if self.structure is None else self.structure.to_dict(),
             "groups": [[g.name, list(g.shape), list(g.block)] for g in self.groups if isinstance(g, WeightGroup)],
-            "costs": self.costs.to_dict(),
+            "costs": substituted(self.costs, short_names(self.groups)).to_dict(),
             "keep": {name: [pack(m), len(m)] for name, m in self.keep.items()},
             "scores": dict(self.scores),
             "example_inputs": _plain(self.example_inputs),
@@ -130,12 +130,12 @@ class ModelPlan(Plan):
                 groups = structure.groups
             else:
                 groups = tuple(WeightGroup(n, tuple(shape), (b[0], b[1])) for n, shape, b in tree["groups"])
-            costs = CostModel.from_dict(tree["costs"], {g.name: g.size for g in groups})
+            costs = CostModel.from_dict(tree["costs"], {f"g{i}": g.size for i, g in enumerate(groups)})
             return cls(
                 groups=groups,
                 scores=tree["scores"],
                 keep={name: unpack(bits, n) for name, (bits, n) in tree["keep"].items()},
-                costs=costs,
+                costs=substituted(costs, long_names(groups)),
                 recipe=Recipe.from_dict(tree["recipe"]),
                 warnings=tuple(tree["warnings"]),
                 fingerprint=tree["fingerprint"],
@@ -143,7 +143,7 @@ class ModelPlan(Plan):
                 structure=structure,
                 example_inputs=tree["example_inputs"],
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise FileError(f"{path} is not a plan that this release can read: {error!r}.") from error
 
 

@@ -8,18 +8,21 @@ to follow; where there is none, the groups involved are frozen, with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from traceback import walk_tb
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..core.batch import call
-from ..core.dims import Concat, Dim, Fixed, Product, atoms, concat, product, size
+from ..core.batch import call, device_of
+from ..core.dims import Atom, Concat, Dim, Fixed, Product, atoms, concat, kept, product, size, substitute
 from .mend import apply_edits, matching_attributes
-from .trace import UNRECORDED, OpRecord, Trace, base_name, bound, execute, numbers, running, tensors_in
+from .run import execute, place, running, tensors_in
+from .trace import UNRECORDED, OpRecord, Trace, base_name, bound, numbers
 from .twin import meta_twin, named_tensors, shared_twin, twin
 
 __all__ = ["rehearse"]
@@ -36,18 +39,18 @@ class _Misses:
     """Where a rehearsal differed from the prediction: op numbers by cause."""
 
     shapes: list[int] = field(default_factory=list)
-    floats: list[int] = field(default_factory=list)
+    factors: list[int] = field(default_factory=list)
     stopped: tuple[int, str, str] | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.shapes or self.floats or self.stopped)
+        return bool(self.shapes or self.factors or self.stopped)
 
 
 class _Follower(TorchDispatchMode):
     """Runs beside a trace; where an op fails or gives another shape, notes it and goes on with the predicted one."""
 
     def __init__(self, ops: list[OpRecord], expected: list[tuple[tuple[int, ...], ...]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # PyTorch leaves it unannotated
         self.misses = _Misses()
         self.at = 0
         self._ops, self._expected = ops, expected
@@ -60,8 +63,8 @@ class _Follower(TorchDispatchMode):
             raise _Stop(f"it calls {base_name(func)} where it did not before")
         number, self.at = self.at, self.at + 1
         record, expected = self._ops[number], self._expected[number]
-        if numbers(bound(func, args, kwargs))[1] != record.floats:
-            self.misses.floats.append(number)
+        if numbers(func, bound(func, args, kwargs))[1] != record.factors:
+            self.misses.factors.append(number)
         try:
             result = execute(func, args, kwargs)
         except (RuntimeError, IndexError, ValueError):
@@ -69,6 +72,11 @@ class _Follower(TorchDispatchMode):
         if tuple(tuple(t.shape) for t in tensors_in(result)) != expected:
             return self._instead(func, number)
         return result
+
+    def finish(self) -> None:
+        """Refuse a run that ended before the trace did."""
+        if self.at < len(self._ops):
+            raise _Stop(f"it ends before it calls {self._ops[self.at].name}")
 
     def _instead(self, func: Any, number: int) -> Any:
         self.misses.shapes.append(number)
@@ -85,7 +93,7 @@ class _Follower(TorchDispatchMode):
 
 
 def rehearse(model: nn.Module, example_inputs: Any, trace: Trace, *, real: bool) -> None:
-    """Completes `trace.edits` and freezes, in `trace.solver`, the groups that cannot be cut without breaking Python code.
+    """Completes `trace.edits` and freezes, in `trace.solver`, the groups that no cut can reach through Python code.
 
     Args:
         real: the trace ran on real tensors, so the rehearsal must too.
@@ -117,62 +125,60 @@ def _counts(trace: Trace) -> dict[str, int]:
 
 
 def _run(model: nn.Module, example_inputs: Any, trace: Trace, real: bool) -> _Misses:
-    from .structure import place
-
     counts = _counts(trace)
     if not counts:
         return _Misses()
     resolve = trace.solver.resolve
     shapes = {n: torch.Size(size(resolve(d), counts) for d in k.dims) for n, k in trace.params.items()}
-    other = _grown(model, trace, shapes) if real else meta_twin(model, shapes)
+    other = _grown(model, trace, counts) if real else meta_twin(model, shapes)
     apply_edits(other, {k: resolve(d) for k, d in trace.edits.items()}, counts)
-    known: dict[Dim, int] = {}
-
-    def sized(dim: Dim) -> int:
-        if dim not in known:
-            known[dim] = size(resolve(dim), counts)
-        return known[dim]
-
-    expected = [tuple(tuple(sized(d) for d in dims) for dims in op.dims) for op in trace.ops]
-    follower = _Follower(trace.ops, expected)
-    device = next((t.device for _, t in namedtensors_in(model)), "cpu") if real else "meta"
-    with running(other) as module:
-        placed = place(example_inputs, device)
-        last = _Last(module)
+    sized = cache(lambda dim: size(resolve(dim), counts))
+    follower = _Follower(trace.ops, [tuple(tuple(map(sized, dims)) for dims in op.dims) for op in trace.ops])
+    with running(other):
+        placed = place(example_inputs, device_of(model) if real else "meta")
         try:
-            with follower, last:
+            with follower:
                 call(other, placed)
+            follower.finish()
         except Exception as error:  # noqa: BLE001  (any failure of the model's own code is a finding, kept with its text)
-            follower.misses.stopped = (max(follower.at - 1, 0), last.path, f"{type(error).__name__}: {error}")
+            text = f"{type(error).__name__}: {error}"
+            follower.misses.stopped = (max(follower.at - 1, 0), _raised_in(other, error), text)
     return follower.misses
 
 
-class _Last:
-    """Remembers the innermost module that was running when the block was left."""
-
-    def __init__(self, module: Callable[[], str]) -> None:
-        self._module = module
-        self.path = ""
-
-    def __enter__(self) -> _Last:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.path = self._module()
+def _raised_in(model: nn.Module, error: Exception) -> str:
+    """The path of the innermost module whose code was running when `error` was raised."""
+    paths = {id(m): path for path, m in model.named_modules()}
+    owners = [id(frame.f_locals.get("self")) for frame, _ in walk_tb(error.__traceback__)]
+    return next((paths[owner] for owner in reversed(owners) if owner in paths), "")
 
 
-def _grown(model: nn.Module, trace: Trace, shapes: Mapping[str, torch.Size]) -> nn.Module:
-    """A copy of the model on real tensors of the given shapes, filled by repeating the original's positions."""
+def _grown(model: nn.Module, trace: Trace, counts: Mapping[str, int]) -> nn.Module:
+    """A copy of the model on real tensors with `counts` units, of which the added ones are zero.
+
+    It computes what the model computes, so that Python code that looks at values decides as it did in the trace.
+    """
     other = shared_twin(model)
-
-    def grow(tensor: Tensor, shape: torch.Size) -> Tensor:
-        for axis, n in enumerate(shape):
-            tensor = tensor.index_select(axis, torch.arange(n, device=tensor.device) % max(tensor.shape[axis], 1))
-        return tensor
-
+    larger = {name: Atom(name, n) for name, n in counts.items()}
     with torch.no_grad():
-        grown = {n: grow(t.detach(), shapes[n]) for n, t in namedtensors_in(other) if n in shapes}
+        grown: dict[str, Tensor] = {}
+        for name, tensor in named_tensors(other):
+            if name in trace.params:
+                dims = [trace.solver.resolve(d) for d in trace.params[name].dims]
+                own = {a.name: torch.arange(counts[a.name]) < a.n for d in dims for a in atoms(d)}
+                # Statistics are divided by, so theirs are ones: what a zero weight follows is zero all the same.
+                fill = 0.0 if isinstance(tensor, nn.Parameter) else 1.0
+                grown[name] = _placed(tensor.detach(), [kept(substitute(d, larger), own) for d in dims], fill)
     return twin(other, grown)
+
+
+def _placed(tensor: Tensor, own: list[Tensor], fill: float) -> Tensor:
+    """`tensor` at the positions that `own` marks on each axis of a larger one, which is `fill` elsewhere."""
+    if not own:
+        return tensor.clone()
+    larger = tensor.new_full([len(o) for o in own], fill)
+    larger[torch.meshgrid(*(o.nonzero().flatten() for o in own), indexing="ij")] = tensor
+    return larger
 
 
 def _changed(trace: Trace, record: OpRecord) -> list[Dim]:
@@ -181,7 +187,11 @@ def _changed(trace: Trace, record: OpRecord) -> list[Dim]:
     for dims in (*record.dims, *record.inputs):
         for dim in dims:
             resolved = trace.solver.resolve(dim)
-            prefixes = [concat(*resolved.parts[:i]) for i in range(1, len(resolved.parts))] if isinstance(resolved, Concat) else []
+            prefixes = (
+                [concat(*resolved.parts[:i]) for i in range(1, len(resolved.parts))]
+                if isinstance(resolved, Concat)
+                else []
+            )
             inner = list(resolved.factors) if isinstance(resolved, Product) else []
             out.extend(d for d in (resolved, *prefixes, *inner) if any(True for _ in atoms(d)) and d not in out)
     return out
@@ -197,7 +207,7 @@ def _proposals(model: nn.Module, trace: Trace, misses: _Misses, tried: dict[str,
         proposals.update(_attributes(model, record.module, wanted, tried))
     if misses.stopped and not misses.shapes:
         number, path, _ = misses.stopped
-        nearby = [op for op in trace.ops[: number + 2] if op.module == path or op.module.startswith(f"{path}.")]
+        nearby = _inside(trace.ops[: number + 2], path)
         wanted = list(dict.fromkeys(d for op in nearby for d in _changed(trace, op)))
         proposals.update(_attributes(model, path, wanted, tried))
     return proposals
@@ -227,21 +237,43 @@ def _chain(path: str) -> list[str]:
 def _give_up(trace: Trace, misses: _Misses, tried: dict[str, list[Dim]]) -> bool:
     """Freeze what the missed ops touch; whether anything was left to freeze."""
     frozen = False
-    for number in (*misses.shapes, *misses.floats):
-        record = trace.ops[number]
-        what = "a factor computed from its size" if number in misses.floats else "a number in the code fixes its size"
-        frozen |= _freeze(trace, [record], f"{what}: {record.name} in {record.module or 'the model'}")
-    if misses.stopped and not frozen:
-        number, path, text = misses.stopped
-        ops = [op for op in trace.ops if op.module == path or op.module.startswith(f"{path}.") or not path]
-        frozen |= _freeze(trace, ops, f"{path or 'the model'} does not run at another size: {text}")
+    for number in (*misses.shapes, *misses.factors):
+        frozen |= _freeze(trace, [trace.ops[number]], _reason(trace, misses, number))
+    if not frozen:
+        path, why = _origin(trace, misses)
+        frozen = any(_freeze(trace, _inside(trace.ops, holder), why) for holder in _chain(path))
     for key in [k for k, d in trace.edits.items() if k in tried and isinstance(trace.solver.resolve(d), Fixed)]:
         del trace.edits[key]
     return frozen
 
 
+def _reason(trace: Trace, misses: _Misses, number: int) -> str:
+    what = "a factor computed from its size" if number in misses.factors else "a number in the code fixes its size"
+    return f"{what}: {trace.ops[number].name} in {trace.ops[number].module or 'the model'}"
+
+
+def _origin(trace: Trace, misses: _Misses) -> tuple[str, str]:
+    """The module where a rehearsal went wrong, and what went wrong."""
+    if misses.stopped:
+        _, path, text = misses.stopped
+        return path, f"{path or 'the model'} does not run at another size: {text}"
+    number = (misses.shapes + misses.factors)[0]
+    return trace.ops[number].module, _reason(trace, misses, number)
+
+
+def _inside(ops: list[OpRecord], path: str) -> list[OpRecord]:
+    """Those of `ops` that a module and those inside it called."""
+    return [op for op in ops if not path or op.module == path or op.module.startswith(f"{path}.")]
+
+
 def _freeze(trace: Trace, records: list[OpRecord], why: str) -> bool:
-    live = [d for op in records for dims in (*op.dims, *op.inputs) for d in dims if any(True for _ in atoms(trace.solver.resolve(d)))]
+    live = [
+        d
+        for op in records
+        for dims in (*op.dims, *op.inputs)
+        for d in dims
+        if any(True for _ in atoms(trace.solver.resolve(d)))
+    ]
     for dim in live:
         trace.solver.freeze(dim, why)
     return bool(live)
@@ -266,7 +298,7 @@ def _head_dims(trace: Trace, record: OpRecord) -> list[Dim]:
     for dims in record.inputs:
         for dim in dims[:2]:
             resolved = trace.solver.resolve(dim)
-            factors = list(resolved.factors) if isinstance(resolved, Product) else [resolved]
+            factors: list[Dim] = list(resolved.factors) if isinstance(resolved, Product) else [resolved]
             tail = [f for f in factors if not isinstance(f, Fixed)]
             if not tail:
                 continue

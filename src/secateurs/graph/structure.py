@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.batch import call, device_of, move
+from ..core.batch import call, device_of
 from ..core.cost import CostModel, Monomial, gather
 from ..core.dims import Atom, Concat, Dim, Fixed, Product, atoms, parse, size, substitute
 from ..core.errors import FileError, ModelError
-from ..core.units import ChannelGroup, Member
+from ..core.units import ChannelGroup, Group, Member
 from . import rules as _rules  # noqa: F401  (registers the rules)
-from .mend import leaf_edits
+from .mend import holds, leaf_edits
 from .rehearse import rehearse
-from .trace import Trace, Tracer, running
+from .run import output_tensors, place, running
+from .trace import DECISIVE, Trace, Tracer
 from .twin import meta_twin, named_tensors, shared_twin
 
 __all__ = ["DEFAULT_KINDS", "KINDS", "Frozen", "Structure", "fingerprint", "infer"]
@@ -73,42 +74,42 @@ class Structure:
     def restricted(self, names: Iterable[str]) -> Structure:
         """The structure in which only the named groups can go."""
         live = set(names)
-        fixed = {g.name: Fixed(g.size) for g in self.groups if g.name not in live}
-
-        def fix(dim: Dim) -> Dim:
-            return substitute(dim, fixed)
-
-        groups = tuple(
-            replace(g, members=tuple(replace(m, dim=fix(m.dim)) for m in g.members)) for g in self.groups if g.name in live
-        )
+        known = self._with({g.name: Fixed(g.size) for g in self.groups if g.name not in live})
         left_out = tuple(
             Frozen(g.members[0].tensor, g.members[0].axis, g.size, "left out by scope or ignore")
             for g in self.groups
             if g.name not in live
         )
-        tensors = {name: tuple(fix(d) for d in dims) for name, dims in self.tensors.items()}
-        edits = {key: fix(dim) for key, dim in self.edits.items()}
-        metrics = {
-            metric: tuple(replace(m, dims=tuple(fix(d) for d in m.dims)) for m in monomials)
-            for metric, monomials in self.costs.metrics.items()
-        }
         return replace(
-            self,
-            groups=groups,
-            tensors={n: dims for n, dims in tensors.items() if any(True for d in dims for _ in atoms(d))},
-            edits={k: d for k, d in edits.items() if any(True for _ in atoms(d))},
-            costs=CostModel(metrics),
+            known,
+            groups=tuple(g for g in known.groups if g.name in live),
+            tensors={n: dims for n, dims in known.tensors.items() if any(True for d in dims for _ in atoms(d))},
+            edits={k: d for k, d in known.edits.items() if any(True for _ in atoms(d))},
             frozen=self.frozen + left_out,
         )
 
+    def _with(self, known: Mapping[str, Dim]) -> Structure:
+        """The structure with dimensions in the place of atoms, by name."""
+        return replace(
+            self,
+            groups=tuple(
+                replace(g, members=tuple(replace(m, dim=substitute(m.dim, known)) for m in g.members))
+                for g in self.groups
+            ),
+            tensors={name: tuple(substitute(d, known) for d in dims) for name, dims in self.tensors.items()},
+            edits={key: substitute(dim, known) for key, dim in self.edits.items()},
+            costs=substituted(self.costs, known),
+        )
+
     def to_dict(self) -> dict[str, Any]:
-        """The structure as plain JSON values; dimension types in their notation."""
+        """The structure as plain JSON values; dimension types in their notation, the groups in them as `g0`, `g1` …"""
+        short = self._with(short_names(self.groups))
         return {
             "fingerprint": self.fingerprint,
-            "groups": [_group_to_dict(g) for g in self.groups],
-            "tensors": {name: [str(d) for d in dims] for name, dims in self.tensors.items()},
-            "edits": {key: str(dim) for key, dim in self.edits.items()},
-            "costs": self.costs.to_dict(),
+            "groups": [_group_to_dict(g) for g in short.groups],
+            "tensors": {name: [str(d) for d in dims] for name, dims in short.tensors.items()},
+            "edits": {key: str(dim) for key, dim in short.edits.items()},
+            "costs": short.costs.to_dict(),
             "frozen": [[f.tensor, f.axis, f.size, f.reason] for f in self.frozen],
             "unknown": dict(self.unknown),
         }
@@ -121,8 +122,8 @@ class Structure:
             FileError: a field is missing or of the wrong form.
         """
         try:
-            sizes = {g["name"]: g["size"] for g in data["groups"]}
-            return cls(
+            sizes = {f"g{i}": g["size"] for i, g in enumerate(data["groups"])}
+            short = cls(
                 groups=tuple(_group_from_dict(g, sizes) for g in data["groups"]),
                 tensors={n: tuple(parse(d, sizes) for d in dims) for n, dims in data["tensors"].items()},
                 edits={k: parse(d, sizes) for k, d in data["edits"].items()},
@@ -131,8 +132,29 @@ class Structure:
                 unknown=dict(data["unknown"]),
                 fingerprint=data["fingerprint"],
             )
-        except (KeyError, TypeError, ValueError) as error:
+            return short._with(long_names(short.groups))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise FileError(f"the structure of this plan cannot be read: {error}.") from error
+
+
+def short_names(groups: Sequence[Group]) -> dict[str, Dim]:
+    """For each group's name an atom that can be told from a number and an operator in the notation of dimensions."""
+    return {g.name: Atom(f"g{i}", g.size) for i, g in enumerate(groups)}
+
+
+def long_names(groups: Sequence[Group]) -> dict[str, Dim]:
+    """The inverse of `short_names`."""
+    return {f"g{i}": Atom(g.name, g.size) for i, g in enumerate(groups)}
+
+
+def substituted(costs: CostModel, known: Mapping[str, Dim]) -> CostModel:
+    """`costs` with dimensions in the place of atoms, by name."""
+    return CostModel(
+        {
+            metric: tuple(replace(m, dims=tuple(substitute(d, known) for d in m.dims)) for m in monomials)
+            for metric, monomials in costs.metrics.items()
+        }
+    )
 
 
 def _group_to_dict(group: ChannelGroup) -> dict[str, Any]:
@@ -170,7 +192,9 @@ def infer(
         ModelError: the model does not run on these inputs.
     """
     trace, real = trace_model(model, example_inputs)
+    _freeze_unseen(model, trace)
     _freeze_deselected(trace, frozenset(kinds), entangled)
+    trace.edits = {key: dim for key, dim in trace.edits.items() if holds(model, key, size(dim))}
     trace.edits.update(leaf_edits(model, {n: k.dims for n, k in trace.params.items()}, trace.edits))
     rehearse(model, example_inputs, trace, real=real)
     return _reify(model, trace)
@@ -188,6 +212,8 @@ def trace_model(model: nn.Module, example_inputs: Any) -> tuple[Trace, bool]:
         pass
     try:
         return _traced(shared_twin(model), example_inputs, device_of(model)), True
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(
             f"the model does not run on the example inputs ({_shapes(example_inputs)}): {type(error).__name__}: {error}"
@@ -201,36 +227,10 @@ def _traced(twin: nn.Module, inputs: Any, device: torch.device | str) -> Trace:
         placed = place(inputs, device)
         with tracer:
             output = call(twin, placed)
-    for tensor in output_tensors(output):
-        for dim in tracer.type_of(tensor).dims:
-            tracer.trace.solver.freeze(dim, "an axis of the model's output")
-    return tracer.trace
-
-
-def place(inputs: Any, device: torch.device | str) -> Any:
-    """`inputs` on `device`; for the meta device integers stay real, since Python code may ask for their values."""
-    if str(device) != "meta":
-        return move(inputs, device)
-    if isinstance(inputs, Tensor):
-        return inputs.to("meta") if inputs.is_floating_point() or inputs.is_complex() else inputs.cpu()
-    if isinstance(inputs, (tuple, list)):
-        return type(inputs)(place(v, device) for v in inputs)
-    if hasattr(inputs, "items"):
-        return {k: place(v, device) for k, v in inputs.items()}
-    return inputs
-
-
-def output_tensors(output: Any) -> list[Tensor]:
-    """The tensors of a model's output that a caller sees; caches of attention layers are not among them."""
-    if isinstance(output, Tensor):
-        return [output]
-    if hasattr(output, "items"):
-        return [t for k, v in output.items() if k != "past_key_values" for t in output_tensors(v)]
-    if isinstance(output, (tuple, list)):
-        return [t for v in output for t in output_tensors(v)]
-    if hasattr(output, "__dataclass_fields__"):
-        return [t for v in vars(output).values() for t in output_tensors(v)]
-    return []
+    outputs = output_tensors(output)
+    if not outputs:
+        raise ModelError(f"no tensor is found in the model's output, a {type(output).__name__}; return tensors.")
+    return tracer.finish(outputs)
 
 
 def _shapes(inputs: Any) -> str:
@@ -241,6 +241,18 @@ def _shapes(inputs: Any) -> str:
     if isinstance(inputs, (tuple, list)):
         return ", ".join(_shapes(v) for v in inputs)
     return type(inputs).__name__
+
+
+def _freeze_unseen(model: nn.Module, trace: Trace) -> None:
+    """Where Python decides by values, a parameter that did not run may meet any width of its size on other inputs."""
+    if not any(op.name in DECISIVE for op in trace.ops):
+        return
+    unseen = {n: name for name, p in model.named_parameters() if name not in trace.params for n in p.shape if n > 1}
+    for kind in trace.params.values():
+        for dim in kind.dims:
+            if size(dim) in unseen:
+                name = unseen[size(dim)]
+                trace.solver.freeze(dim, f"{name} did not run on these inputs, and Python decides by values what runs")
 
 
 def _freeze_deselected(trace: Trace, kinds: frozenset[str], entangled: bool) -> None:
@@ -300,7 +312,13 @@ def _reify(model: nn.Module, trace: Trace) -> Structure:
             for atom in atoms(dim):
                 if atom.name not in names:
                     solver.freeze(atom, f"no layer produces it, only {name} consumes it on axis {axis}")
-    public = {a.name: Atom(names[a.name], a.n) for dims in resolved.values() for d in dims for a in atoms(d) if a.name in names}
+    public = {
+        a.name: Atom(names[a.name], a.n)
+        for dims in resolved.values()
+        for d in dims
+        for a in atoms(d)
+        if a.name in names
+    }
 
     def rename(dim: Dim) -> Dim:
         return substitute(solver.resolve(dim), public)
@@ -349,7 +367,9 @@ def _groups(
     return tuple(ChannelGroup(n, sizes[n], kind_of.get(n, "channel"), tuple(m)) for n, m in members.items())
 
 
-def _costs(model: nn.Module, trace: Trace, tensors: Mapping[str, tuple[Dim, ...]], rename: Callable[[Dim], Dim]) -> CostModel:
+def _costs(
+    model: nn.Module, trace: Trace, tensors: Mapping[str, tuple[Dim, ...]], rename: Callable[[Dim], Dim]
+) -> CostModel:
     params, total_bytes = [], []
     for name, tensor in named_tensors(model):
         dims = tensors.get(name, tuple(Fixed(n) for n in tensor.shape))

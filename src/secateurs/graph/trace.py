@@ -6,20 +6,21 @@ and attaches the types that the rule returns to the outputs. An op without a rul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..core.dims import Dim, Fixed, size
+from .run import execute, flat, tensors_in
 from .solver import Solver
 
 __all__ = [
+    "CHARGED",
+    "DECISIVE",
     "RULES",
     "UNRECORDED",
     "Call",
@@ -29,11 +30,8 @@ __all__ = [
     "Type",
     "base_name",
     "bound",
-    "execute",
     "numbers",
     "rule",
-    "running",
-    "tensors_in",
 ]
 
 
@@ -45,18 +43,26 @@ class Type:
         dims: one type per axis.
         zero: whether entries of removed units are exactly zero once the parameters that carry them are zeroed.
         param: qualified name if the tensor is a parameter or buffer, or a transposed or sliced view of one.
-        axes: for such a view, which axis of the parameter each of its axes is.
+        axes: for such a view, which axes of the parameter each of its axes runs over.
     """
 
     dims: tuple[Dim, ...]
     zero: bool = False
     param: str | None = None
-    axes: tuple[int, ...] = ()
+    axes: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
 class OpRecord:
-    """One op of the trace: its name, the module that called it, what came out, and the numbers it was given."""
+    """One op of the trace.
+
+    Args:
+        name, module: what was called, and the path of the module that called it.
+        dims, dtypes: of what came out.
+        inputs: the types of what went in.
+        ints: the integers it was given, any of which may be a size.
+        factors: the numbers that values were computed with.
+    """
 
     name: str
     module: str
@@ -64,7 +70,7 @@ class OpRecord:
     dtypes: tuple[torch.dtype, ...]
     inputs: tuple[tuple[Dim, ...], ...]
     ints: tuple[int, ...]
-    floats: tuple[float, ...]
+    factors: tuple[float, ...]
 
 
 @dataclass
@@ -93,6 +99,7 @@ class Call:
     args: Mapping[str, Any]
     outputs: tuple[Tensor, ...]
     type_of: Callable[[Tensor], Type]
+    doubts: list[tuple[Dim, str]] = field(default_factory=list)
 
     @property
     def why(self) -> str:
@@ -114,6 +121,10 @@ class Call:
         """A possibly negative axis number as a non-negative one."""
         return value + rank if value < 0 else value
 
+    def doubt(self, dim: Dim, why: str) -> None:
+        """Note that removing units of `dim` changes this op's result where zeroing them does not, or the other way."""
+        self.doubts.append((dim, why))
+
     def freeze(self, dims: tuple[Dim, ...] | list[Dim], why: str | None = None) -> None:
         """Fix all atoms of `dims`."""
         for dim in dims:
@@ -128,22 +139,32 @@ class Call:
 # PyTorch inserts these depending on who holds a reference, so two runs of one model may differ in them.
 UNRECORDED = frozenset({"detach", "alias", "lift_fresh"})
 
+# Ops through which Python learns a value, and may go another way on other inputs.
+DECISIVE = frozenset({"_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero"})
+
 Rule = Callable[[Call], "list[Type] | Type"]
+_R = TypeVar("_R", bound=Rule)
 RULES: dict[str, Rule] = {}
+# Ops whose rules charge MACs: they run even where no axis can go.
+CHARGED: set[str] = set()
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
+def rule(*names: str, charged: bool = False) -> Callable[[_R], _R]:
     """Register one function as the rule of the named ATen ops (`add` also stands for `add_`).
+
+    Args:
+        charged: the op multiplies and accumulates, and the rule notes how much.
 
     Raises:
         ValueError: an op already has a rule.
     """
 
-    def register(function: Rule) -> Rule:
+    def register(function: _R) -> _R:
         for name in names:
             if name in RULES:
                 raise ValueError(f"{name} already has a rule: {RULES[name].__qualname__}")
             RULES[name] = function
+        CHARGED.update(names if charged else ())
         return function
 
     return register
@@ -151,7 +172,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def base_name(func: torch._ops.OpOverload) -> str:
     """The op's name without overload; an in-place op has the name of its functional twin."""
-    name = func.overloadpacket.__name__
+    name: str = func.overloadpacket.__name__
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
 
@@ -163,88 +184,48 @@ def bound(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[st
     return out
 
 
-def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, (list, tuple)):
-        for v in value:
-            yield from _flat(v)
-    else:
-        yield value
+def numbers(func: torch._ops.OpOverload, args: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """The integers among an op's arguments, and the factors: numbers that values are computed with, not sizes.
+
+    Floats are factors, of elementwise ops integers are too, and a real scalar beside tensors on meta is a constant.
+    """
+    given = list(flat(list(args.values())))
+    ints = [v for v in given if isinstance(v, int) and not isinstance(v, bool)]
+    factors = [v for v in given if isinstance(v, float)]
+    if torch.Tag.pointwise in func.tags:
+        factors += ints
+    tensors = [v for v in given if isinstance(v, Tensor)]
+    if any(t.device.type == "meta" for t in tensors):
+        factors += [float(t) for t in tensors if t.device.type != "meta" and t.dim() == 0 and not t.is_complex()]
+    return tuple(ints), tuple(factors)
 
 
-def tensors_in(value: Any) -> tuple[Tensor, ...]:
-    """The tensors inside nested tuples and lists."""
-    return tuple(v for v in _flat(value) if isinstance(v, Tensor))
+@dataclass(frozen=True)
+class _Flow:
+    """An op as a step from memory to memory, and what it doubts."""
+
+    sources: frozenset[int]
+    targets: frozenset[int]
+    doubts: list[tuple[Dim, str]]
 
 
-def numbers(args: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """The integers and the floats among an op's arguments, in order."""
-    flat = [v for v in _flat(list(args.values())) if isinstance(v, (int, float)) and not isinstance(v, bool)]
-    return tuple(v for v in flat if isinstance(v, int)), tuple(v for v in flat if isinstance(v, float))
-
-
-@contextmanager
-def module_paths(model: nn.Module) -> Iterator[Callable[[], str]]:
-    """Inside: a function that tells the path of the innermost module of `model` that is running."""
-    names = {id(m): path for path, m in model.named_modules()}
-    stack: list[str] = []
-
-    def enter(module: nn.Module, _args: Any) -> None:
-        if id(module) in names:
-            stack.append(names[id(module)])
-
-    def leave(module: nn.Module, _args: Any, _out: Any) -> None:
-        if id(module) in names and stack:
-            stack.pop()
-
-    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
-    try:
-        yield lambda: stack[-1] if stack else ""
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def running(model: nn.Module) -> Iterator[Callable[[], str]]:
-    """The state in which models are traced: no gradients, no fused attention fast path; gives the module path."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-        yield stack.enter_context(module_paths(model))
-
-
-def _on_meta(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.device.type != "meta":
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-    if isinstance(value, (list, tuple)):
-        return type(value)(_on_meta(v) for v in value)
-    return value
-
-
-def execute(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The op itself. A mix of meta and real arguments runs on meta; integers made on meta are made for real."""
-    tensors = tensors_in([args, list(kwargs.values())])
-    on_meta = any(t.device.type == "meta" for t in tensors)
-    if on_meta and any(t.device.type != "meta" for t in tensors):
-        args, kwargs = _on_meta(args), {k: _on_meta(v) for k, v in kwargs.items()}
-    if not tensors and kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "meta":
-        out = func(*args, **{**kwargs, "device": "cpu"})
-        return out if not out.is_floating_point() else func(*args, **kwargs)
-    return func(*args, **kwargs)
+def _memory(tensor: Tensor) -> int:
+    """What tensors that share memory have in common."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 class Tracer(TorchDispatchMode):
     """Runs each op, asks its rule for types, and records both."""
 
     def __init__(self, names: Mapping[int, str], module: Callable[[], str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # PyTorch leaves it unannotated
         self.trace = Trace()
         self._names = names
         self._module = module
         self._types: dict[int, Type] = {}
         self._alive: list[Tensor] = []
+        self._aliases: dict[int, list[int]] = {}
+        self._flows: list[_Flow] = []
 
     def type_of(self, tensor: Tensor) -> Type:
         """The type of a tensor of the run; parameters get fresh atoms, tensors from nowhere are fixed."""
@@ -262,7 +243,7 @@ class Tracer(TorchDispatchMode):
             kind = Type(tuple(Fixed(n) for n in tensor.shape))
         else:
             dims = tuple(self.trace.solver.fresh(n) for n in tensor.shape)
-            kind = Type(dims, isinstance(tensor, nn.Parameter), name, tuple(range(len(dims))))
+            kind = Type(dims, isinstance(tensor, nn.Parameter), name, tuple((i,) for i in range(len(dims))))
         self.trace.params[name] = kind
         return kind
 
@@ -270,6 +251,21 @@ class Tracer(TorchDispatchMode):
         """Attach a type; the tensor is kept alive so that its identity is not reused."""
         self._types[id(tensor)] = kind
         self._alive.append(tensor)
+        self._aliases.setdefault(_memory(tensor), []).append(id(tensor))
+
+    def finish(self, outputs: list[Tensor]) -> Trace:
+        """The trace of a run that gave `outputs`: their axes are fixed, and doubts count where they reach an output."""
+        for tensor in outputs:
+            for dim in self.type_of(tensor).dims:
+                self.trace.solver.freeze(dim, "an axis of the model's output")
+        wanted = {_memory(t) for t in outputs}
+        for flow in reversed(self._flows):
+            # What has no output is read by Python.
+            if not flow.targets or flow.targets & wanted:
+                wanted |= flow.sources
+                for dim, why in flow.doubts:
+                    self.trace.solver.entangle(dim, why)
+        return self.trace
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -280,18 +276,28 @@ class Tracer(TorchDispatchMode):
         kinds = self._apply(call, func)
         for tensor, kind in zip(outputs, kinds, strict=True):
             self.remember(tensor, kind)
+            if func._schema.is_mutable and not kind.zero:
+                self._written(tensor)
+        self._flows.append(
+            _Flow(frozenset(map(_memory, call.tensors())), frozenset(map(_memory, outputs)), call.doubts)
+        )
         if call.name in UNRECORDED:
             return result
-        ints, floats = numbers(arguments)
+        ints, factors = numbers(func, arguments)
         inputs = tuple(t.dims for t in call.types())
         record = OpRecord(
-            call.name, call.module, tuple(k.dims for k in kinds), tuple(t.dtype for t in outputs), inputs, ints, floats
+            call.name, call.module, tuple(k.dims for k in kinds), tuple(t.dtype for t in outputs), inputs, ints, factors
         )
         self.trace.ops.append(record)
         return result
 
+    def _written(self, tensor: Tensor) -> None:
+        """Whatever shares memory with a tensor that was written to is no longer known to be zero."""
+        for alias in self._aliases[_memory(tensor)]:
+            self._types[alias] = replace(self._types[alias], zero=False)
+
     def _apply(self, call: Call, func: torch._ops.OpOverload) -> list[Type]:
-        if not any(not isinstance(d, Fixed) for t in call.types() for d in t.dims):
+        if call.name not in CHARGED and all(isinstance(d, Fixed) for t in call.types() for d in t.dims):
             return [Type(tuple(Fixed(n) for n in t.shape)) for t in call.outputs]
         function = RULES.get(call.name)
         if function is None and torch.Tag.pointwise in func.tags:

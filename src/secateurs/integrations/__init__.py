@@ -1,0 +1,12 @@
+"""Models and data by name: timm, torchvision, Hugging Face, folders, files and functions of your own.
+
+The libraries behind them are optional and are imported when a name asks for them.
+"""
+
+from __future__ import annotations
+
+from .batches import Batches, Loader
+from .data import load_data
+from .models import ImageFormat, LoadedModel, TextFormat, load_model_from
+
+__all__ = ["Batches", "ImageFormat", "LoadedModel", "Loader", "TextFormat", "load_data", "load_model_from"]

@@ -104,9 +104,14 @@ def _attention(args: tuple[Any, ...], output: Any, count: Count) -> float:
     return _rows(query) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
 
 
-@_rule("aten::_flash_attention_forward")
+@_rule("aten::_flash_attention_forward", "flash_attn::_flash_attn_varlen_forward")
 def _flash(args: tuple[Any, ...], output: Any, count: Count) -> float:
     return _packed_attention(*args[:5])
+
+
+@_rule("flash_attn::_flash_attn_forward")
+def _flash_whole(args: tuple[Any, ...], output: Any, count: Count) -> float:
+    return _packed_attention(args[0], args[1], args[2], None, None)
 
 
 @_rule("aten::_efficient_attention_forward")

@@ -33,10 +33,12 @@ class Trace:
     Args:
         macs: MACs of the ops that ran while the module was the innermost active one; they sum to the model's.
         shapes: shape of the first tensor in the module's output, at its first call; None where there is none.
+        uncounted: names of ops from outside PyTorch for which there is no rule; any products inside are missing.
     """
 
     macs: Mapping[str, float]
     shapes: Mapping[str, tuple[int, ...] | None]
+    uncounted: tuple[str, ...] = ()
 
 
 def macs(model: nn.Module, example_inputs: Any, *, skip_zeros: bool = False) -> float:
@@ -72,7 +74,7 @@ def trace(model: nn.Module, example_inputs: Any, *, skip_zeros: bool = False) ->
     counter = _Counter(_nonzero_of(model) if skip_zeros else Tensor.numel)
     with evaluating(model), torch.no_grad(), slow_attention(), watched(model, counter.enter, counter.leave), counter:
         forward(model, example_inputs)
-    return Trace(counter.macs, counter.shapes)
+    return Trace(counter.macs, counter.shapes, tuple(sorted(counter.uncounted)))
 
 
 class _Counter(TorchDispatchMode):
@@ -84,6 +86,7 @@ class _Counter(TorchDispatchMode):
         self.stack = [""]
         self.macs: dict[str, float] = {}
         self.shapes: dict[str, tuple[int, ...] | None] = {}
+        self.uncounted: set[str] = set()
 
     def enter(self, name: str, module: nn.Module) -> None:
         self.stack.append(name)
@@ -110,6 +113,8 @@ class _Counter(TorchDispatchMode):
                 output = func.decompose(*args, **kwargs)
             if output is not NotImplemented:
                 return output
+        if func.namespace not in ("aten", "prim", "prims"):
+            self.uncounted.add(func._schema.name)
         return func(*args, **kwargs)
 
 

@@ -149,13 +149,12 @@ def layer_table(model: nn.Module, example_inputs: Any) -> tuple[LayerRow, ...]:
     """
     seen = trace(model, example_inputs)
     modules = dict(model.named_modules())
-    called = {name: place for place, name in enumerate(seen.macs)}
+    called = {name: turn for turn, name in enumerate(seen.macs)}
 
-    def place(name: str) -> tuple[int, int]:
-        around = name
-        while around not in called:
-            around = around.rpartition(".")[0]
-        return called[around], 0 if around == name else 1 + list(modules).index(name)
+    def place(name: str) -> int:
+        while name not in called:
+            name = name.rpartition(".")[0]
+        return called[name]
 
     counted: set[Any] = set()
     rows = []

@@ -45,7 +45,7 @@ def distillation_loss(student: Any, teacher: Any, temperature: float = 4.0, targ
 
     Args:
         student: output of the model that learns: logits [..., classes], or anything `main_output` understands. With
-            more than two axes each token counts alike.
+            more than two axes each token counts alike. Logits [batch, classes, ...] are known by their target's shape.
         teacher: output of the teacher for the same inputs; no gradient flows into it.
         temperature: T. The factor T² keeps the gradient's size when T changes.
         target: labels of the logits' leading shape; rows with label -100 (padding) are left out.
@@ -58,10 +58,18 @@ def distillation_loss(student: Any, teacher: Any, temperature: float = 4.0, targ
         raise OptionError(
             f"the student's output has shape {list(logits.shape)}, the teacher's {list(guide.shape)}; they must agree."
         )
-    log_p = F.log_softmax(logits.float() / temperature, -1)
-    log_q = F.log_softmax(guide.float() / temperature, -1)
-    rows = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
+    classes = _class_axis(logits, target)
+    log_p = F.log_softmax(logits.float() / temperature, classes)
+    log_q = F.log_softmax(guide.float() / temperature, classes)
+    rows = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(classes)
     if target is not None and target.shape == rows.shape and not target.is_floating_point():
         counted = target != _IGNORED
         return temperature**2 * torch.where(counted, rows, 0).sum() / counted.sum().clamp(min=1)
     return temperature**2 * rows.mean()
+
+
+def _class_axis(logits: Tensor, target: Tensor | None) -> int:
+    """The axis of the classes: 1 where the target has the shape of all others, as in segmentation, else the last."""
+    if target is None or logits.dim() <= 2 or logits.shape[:-1] == target.shape:
+        return -1
+    return 1 if logits[:, 0].shape == target.shape else -1

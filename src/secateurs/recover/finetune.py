@@ -206,6 +206,7 @@ def fine_tune(
         history = _train(run, None if checkpoint is None else Path(checkpoint) / _FILE)
         if stepped is not None:
             stepped.finalize()
+        made.zero_grad()
     return history
 
 

@@ -63,7 +63,8 @@ def _smoothed(amount: float) -> Loss:
         if not isinstance(target, Tensor) or target.is_floating_point():
             raise DataError("label smoothing needs batches as (inputs, target) with integer targets.")
         logits = main_output(output)
-        flat = logits.flatten(0, -2) if logits.dim() > 2 and target.dim() > 1 else logits
-        return F.cross_entropy(flat, target.flatten(), label_smoothing=amount)
+        if logits.dim() <= 2 or logits.shape[:-1] == target.shape:
+            logits, target = logits.reshape(-1, logits.shape[-1]), target.flatten()
+        return F.cross_entropy(logits, target, label_smoothing=amount)
 
     return loss

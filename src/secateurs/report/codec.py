@@ -6,6 +6,7 @@ import dataclasses
 import math
 import types
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ..core.errors import FileError, OptionError
@@ -13,22 +14,31 @@ from ..core.errors import FileError, OptionError
 __all__ = ["decode", "encode", "plain", "settle"]
 
 T = TypeVar("T")
+_PLAIN = frozenset({bool, float, int, str, type(None)})
 # JSON has no word for these; as strings they can stand only where a number is promised.
 _NOT_FINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
 def settle(data: Any) -> None:
-    """None; the fields of a frozen dataclass are `plain`: for its `__post_init__`."""
+    """None; the fields of a frozen dataclass are `plain` but for dataclasses in them: for its `__post_init__`."""
     for field in dataclasses.fields(data):
-        object.__setattr__(data, field.name, plain(getattr(data, field.name)))
+        object.__setattr__(data, field.name, _settled(getattr(data, field.name)))
+
+
+def _settled(node: Any) -> Any:
+    if dataclasses.is_dataclass(node):
+        return node
+    return tuple(map(_settled, node)) if isinstance(node, (list, tuple)) else plain(node)
 
 
 def plain(node: Any) -> Any:
     """`node` as values that survive JSON: lists as tuples, mappings as dicts, scalars of arrays as numbers.
 
-    Dataclasses, strings, numbers, booleans and None stay; anything else becomes its `str()`.
+    Strings, numbers, booleans and None stay; anything else becomes its `str()`.
     """
-    if node is None or isinstance(node, (str, bool, int, float)) or dataclasses.is_dataclass(node):
+    if type(node) in _PLAIN:
+        return node
+    if isinstance(node, (str, bool, int, float)):
         return _without_subclass(node)
     if isinstance(node, Mapping):
         return {str(key): plain(item) for key, item in node.items()}
@@ -43,7 +53,8 @@ def _without_subclass(node: Any) -> Any:
     """An enumeration's string or a NumPy float as the bare value, which is what JSON gives back."""
     for base in (bool, int, float, str):
         if isinstance(node, base):
-            return base(node.value if isinstance(getattr(node, "value", None), base) else node)
+            own = getattr(node, "value", node)
+            return base(own if isinstance(own, base) else node)
     return node
 
 
@@ -73,7 +84,7 @@ def decode(kind: type[T], node: Any, place: str) -> T:
     """
     if not isinstance(node, Mapping):
         raise FileError(f"{place} should be a JSON object, not {type(node).__name__}")
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     known = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for name in node:
         if name not in known:
@@ -86,6 +97,12 @@ def decode(kind: type[T], node: Any, place: str) -> T:
         return kind(**values)
     except OptionError as error:
         raise FileError(f"{place}: {str(error).rstrip('.')}") from error
+
+
+@cache
+def _hints(kind: type[Any]) -> dict[str, Any]:
+    """Type hints by field; kept, since reading them means evaluating text and a report has a thousand layers."""
+    return get_type_hints(kind)
 
 
 def _read(hint: Any, node: Any, place: str) -> Any:

@@ -64,6 +64,9 @@ class Speedup:
     Args:
         median: over the rounds; below 1 it is slower.
         p10, p90: 10th and 90th percentile.
+
+    Raises:
+        OptionError: a figure is not positive.
     """
 
     median: float
@@ -72,6 +75,9 @@ class Speedup:
 
     def __post_init__(self) -> None:
         settle(self)
+        for figure in (self.median, self.p10, self.p90):
+            if not figure > 0:
+                raise OptionError(f"a speed-up is how many times faster, so more than 0; got {figure}.")
 
 
 @dataclass(frozen=True)
@@ -287,6 +293,7 @@ class Report:
     command: str | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "budget", str(self.budget))
         if isinstance(self.speedup, (tuple, list)):
             object.__setattr__(self, "speedup", Speedup(*self.speedup))
         settle(self)

@@ -26,6 +26,8 @@ __all__ = [
 ]
 
 _Item = TypeVar("_Item")
+# What an item is sorted by: the first number, among equals the second.
+_Loss = tuple[float, float]
 # A limit that was met exactly may miss by rounding; a speed-up is read to two decimals.
 _SLACK, _SPEED_SLACK = 1e-6, 5e-3
 
@@ -63,7 +65,7 @@ def speedup(report: Report) -> Speedup | None:
     before, after = report.before.latency, report.after.latency
     if report.speedup is not None or before is None or after is None:
         return report.speedup
-    if not min(after.median, after.p10, after.p90) > 0:
+    if not min(before.median, before.p10, before.p90, after.median, after.p10, after.p90) > 0:
         return None
     return Speedup(before.median / after.median, before.p10 / after.p90, before.p90 / after.p10)
 
@@ -178,16 +180,16 @@ def changed_groups(report: Report) -> tuple[tuple[GroupChange, ...], tuple[Group
     return _by_loss(report.groups, [(group.sparsity, 0.0) for group in report.groups])
 
 
-def _lost(masked: bool, layer: LayerChange) -> tuple[float, float]:
+def _lost(masked: bool, layer: LayerChange) -> _Loss:
     stays = layer.nonzero_after if masked and layer.nonzero_after is not None else layer.params_after
     gone = float(layer.params_before - stays)
     return (gone, 0.0) if masked else (layer.macs_before - layer.macs_after, gone)
 
 
-def _by_loss(items: Sequence[_Item], lost: Sequence[tuple[float, float]]) -> tuple[tuple[_Item, ...], tuple[_Item, ...]]:
+def _by_loss(items: Sequence[_Item], lost: Sequence[_Loss]) -> tuple[tuple[_Item, ...], tuple[_Item, ...]]:
     order = sorted(range(len(items)), key=lambda i: (-lost[i][0], -lost[i][1], i))
-    changed = [i for i in order if any(lost[i])]
-    return tuple(items[i] for i in changed), tuple(item for item, gone in zip(items, lost, strict=True) if not any(gone))
+    changed = tuple(items[i] for i in order if any(lost[i]))
+    return changed, tuple(item for item, gone in zip(items, lost, strict=True) if not any(gone))
 
 
 def by_reason(frozen: Iterable[FrozenWidth]) -> dict[str, list[FrozenWidth]]:

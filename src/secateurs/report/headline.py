@@ -79,15 +79,15 @@ def _file(before: Side, after: Side) -> str:
         ("the file", (before.disk_bytes, after.disk_bytes)),
         ("its memory", (before.bytes, after.bytes)),
     ):
-        if None not in sizes:
-            return _resized(noun, *map(file_size, sizes), grew=(sizes[1] or 0) > (sizes[0] or 0))
+        if sizes[0] is not None and sizes[1] is not None:
+            return _resized(noun, sizes[0], sizes[1])
     return ""
 
 
-def _resized(noun: str, before: str, after: str, grew: bool) -> str:
-    if before == after:
-        return f"{noun} stays at {before}"
-    return f"{noun} {'grew' if grew else 'shrank'} from {before} to {after}"
+def _resized(noun: str, before: int, after: int) -> str:
+    if file_size(before) == file_size(after):
+        return f"{noun} stays at {file_size(before)}"
+    return f"{noun} {'grew' if after > before else 'shrank'} from {file_size(before)} to {file_size(after)}"
 
 
 def _speed(times: Speedup, after: LatencySummary | None) -> str:

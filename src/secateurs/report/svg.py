@@ -19,7 +19,6 @@ __all__ = [
     "Svg",
     "bars",
     "dumbbells",
-    "interval",
     "line_chart",
     "profile",
     "scores",
@@ -75,6 +74,13 @@ class Curve:
         edges = [y for _, low, high in self.band for y in (low, high)]
         return [y for _, y in self.points] + edges + ([] if self.reference is None else [self.reference])
 
+    def at(self, x: float) -> float | None:
+        """y of the line at `x`; None beyond its ends."""
+        for (x1, y1), (x2, y2) in zip(self.points, self.points[1:], strict=False):
+            if x1 <= x <= x2:
+                return y1 + (y2 - y1) * (x - x1) / (x2 - x1) if x2 > x1 else y1
+        return None
+
 
 @dataclass(frozen=True)
 class Dumbbell:
@@ -108,7 +114,7 @@ def ticks(low: float, high: float, wanted: int = 4) -> tuple[float, ...]:
     >>> ticks(0.0, 1.0)
     (0.0, 0.25, 0.5, 0.75, 1.0)
     """
-    if not high > low:
+    if not 1e-300 < high - low < 1e300:
         return (low,)
     rough = (high - low) / wanted
     power = 10.0 ** math.floor(math.log10(rough))
@@ -117,26 +123,24 @@ def ticks(low: float, high: float, wanted: int = 4) -> tuple[float, ...]:
     return tuple(round(i * step, 12) for i in range(first, last + 1))
 
 
-def bars(before: float, after: float, most: float) -> Svg:
-    """Two bars in one: what there was, and in front of it what is left; the longest is `most`."""
+def bars(before: float, after: float, most: float, spans: Sequence[tuple[float, float]] = ()) -> Svg:
+    """Two bars in one: what there was, and in front of it what is left; `spans` are drawn over them as whiskers.
+
+    The longest thing drawn is `most`.
+    """
     scale = Scale(0, most or 1)
     return _picture(
         "bars",
         10,
         tag("rect", class_="before", width=_percent(scale.at(before)), height="100%"),
         tag("rect", class_="after", width=_percent(scale.at(after)), height="100%"),
+        *(mark for low, high in spans for mark in _whisker(scale.at(low), scale.at(high))),
     )
 
 
-def interval(rows: Sequence[tuple[str, float, float, float]], most: float) -> Svg:
-    """A dot with whiskers per row, on one scale from 0: (class, low, middle, high)."""
-    scale, height = Scale(0, most or 1), 100 / len(rows)
-    marks = []
-    for row, (kind, low, middle, high) in enumerate(rows):
-        y = _percent((row + 0.5) * height)
-        marks.append(tag("line", class_=kind, x1=_percent(scale.at(low)), x2=_percent(scale.at(high)), y1=y, y2=y))
-        marks.append(tag("circle", class_=kind, cx=_percent(scale.at(middle)), cy=y, r=4))
-    return _picture("interval", 12 * len(rows), *marks)
+def _whisker(low: float, high: float) -> list[Svg]:
+    ends = [tag("line", class_="span", x1=_percent(x), x2=_percent(x), y1="-20%", y2="120%") for x in (low, high)]
+    return [tag("line", class_="span", x1=_percent(low), x2=_percent(high), y1="50%", y2="50%"), *ends]
 
 
 def strip(value: float, reference: float | None, scale: Scale) -> Svg:
@@ -173,9 +177,10 @@ def line_chart(
     *,
     x_text: Callable[[float], str],
     y_text: Callable[[float], str],
+    last: str = "",
     height: int = 180,
 ) -> Svg:
-    """A curve with its band, its reference and both axes; the last point is written out."""
+    """A curve with its band, its reference and both axes; `last` is written beside the last point."""
     heights = [y for y in curve.heights if math.isfinite(y)]
     x, y = _scale([point[0] for point in curve.points], 0.0), _scale(heights, 0.08)
     points = [point for point in curve.points if math.isfinite(point[1])]
@@ -183,17 +188,17 @@ def line_chart(
     if len(points) <= 40:
         marks += [_dot(x.at(px), y.at(py), "after", 3.5) for px, py in points]
     for px, py in points[-1:]:
-        marks.append(words(y_text(py), x.at(px), 100 - y.at(py), "value end", dy=-10))
+        marks.append(words(last, x.at(px), 100 - y.at(py), "value", dx=9, dy=4))
     return _picture("chart", height, *marks, label=label)
 
 
 def spark(curve: Curve, mark: float | None, x: Scale, y: Scale, label: str, height: int = 64) -> Svg:
     """A curve without axes on the scales given, and a dot where it reaches x = `mark`."""
     marks = [_stretched(*_areas(curve, x, y))]
-    reached = None if mark is None else _interpolated(curve.points, mark)
-    if mark is not None:
-        marks.append(tag("line", class_="mark", x1=_percent(x.at(mark)), x2=_percent(x.at(mark)), y1="0%", y2="100%"))
+    reached = None if mark is None else curve.at(mark)
     if mark is not None and reached is not None:
+        at = _percent(x.at(mark))
+        marks.append(tag("line", class_="mark", x1=at, x2=at, y1=_percent(100 - y.at(reached)), y2="100%"))
         marks.append(_dot(x.at(mark), y.at(reached), "after", 4))
     return _picture("spark", height, *marks, label=label)
 
@@ -207,7 +212,7 @@ def dumbbells(
     reference: float | None = None,
     height: int = 280,
 ) -> Svg:
-    """A scatter of named dumbbells, x from 0; each name stands over the left end of its own."""
+    """A scatter of named dumbbells, x from 0; each name stands over its own."""
     ends = [end for row in rows for end in (row.dot, row.ring) if end is not None]
     x = Scale(0, max([1.0, *ends]))
     y = _scale([row.y for row in rows] + ([] if reference is None else [reference]), 0.1)
@@ -227,7 +232,9 @@ def _dumbbell(row: Dumbbell, x: Scale, y: Scale) -> list[Svg]:
     line = tag("line", class_="reach", x1=_percent(min(ends)), x2=_percent(max(ends)), y1=height, y2=height)
     dots = [] if row.ring is None else [_dot(x.at(row.ring), y.at(row.y), "ring", 5)]
     dots += [] if row.dot is None else [_dot(x.at(row.dot), y.at(row.y), "after", 5)]
-    return [line, *dots, words(row.name, min(ends), 100 - y.at(row.y), "name", dx=-4, dy=-10)]
+    # A name on the right grows to the left, so that none leaves the chart.
+    at, kind, dx = (min(ends), "name", -4) if min(ends) < 50 else (max(ends), "name end", 4)
+    return [line, *dots, words(row.name, at, 100 - y.at(row.y), kind, dx=dx, dy=-10)]
 
 
 def _areas(curve: Curve, x: Scale, y: Scale) -> list[Svg]:
@@ -263,19 +270,12 @@ def _scale(numbers: Sequence[float], margin: float) -> Scale:
     return Scale(low - room, high + room)
 
 
-def _interpolated(points: Sequence[Point], at: float) -> float | None:
-    for (x1, y1), (x2, y2) in zip(points, points[1:], strict=False):
-        if x1 <= at <= x2:
-            return y1 + (y2 - y1) * (at - x1) / (x2 - x1) if x2 > x1 else y1
-    return None
-
-
 def _columns(shares: Sequence[float], kind: str) -> Svg:
     """One path for all columns: a thousand layers make one element."""
     width = 100 / max(len(shares), 1)
     body = width * (0.8 if len(shares) <= 150 else 1)
-    steps = (f"M{_text(i * width)} 100v{_text(-100 * part)}h{_text(body)}V100z" for i, part in enumerate(shares) if part)
-    return tag("path", class_=kind, d="".join(steps))
+    shown = [(i * width, 100 * part) for i, part in enumerate(shares) if part]
+    return tag("path", class_=kind, d="".join(f"M{_text(x)} 100v{_text(-y)}h{_text(body)}V100z" for x, y in shown))
 
 
 def _path(points: Sequence[Point], kind: str, closed: bool = False) -> Svg:

@@ -12,6 +12,7 @@ __all__ = [
     "duration",
     "factor",
     "file_size",
+    "first_metric",
     "is_share",
     "listed",
     "metric",
@@ -20,10 +21,12 @@ __all__ = [
     "plural",
     "shape",
     "share",
+    "tick",
     "value",
 ]
 
 MINUS = "−"
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _METRICS = {
     "auroc": "AUROC",
     "ece": "calibration error",
@@ -104,14 +107,16 @@ def factor(times: float) -> str:
 def number(amount: float) -> str:
     """`amount` with four significant digits.
 
-    >>> number(5.12345), number(float("inf"))
-    ('5.123', 'infinite')
+    >>> number(5.12345), number(3.1e-7), number(float("inf"))
+    ('5.123', '3.1 × 10⁻⁷', 'infinite')
     """
     if math.isnan(amount):
         return "not a number"
     if math.isinf(amount):
         return "infinite" if amount > 0 else f"{MINUS}infinite"
-    return f"{amount:.4g}".replace("-", MINUS)
+    digits, power, exponent = f"{amount:.4g}".partition("e")
+    digits = digits.replace("-", MINUS)
+    return f"{digits} × 10{str(int(exponent)).translate(_RAISED)}" if power else digits
 
 
 def metric(name: str) -> str:
@@ -141,15 +146,24 @@ def value(name: str, amount: float | None) -> str:
     return share(amount) if is_share(name, amount) else number(amount)
 
 
+def tick(name: str, amount: float) -> str:
+    """The value of a quality metric on an axis: without a fraction that is zero.
+
+    >>> tick("accuracy", 0.9), tick("accuracy", 0.925), tick("loss", 0.25)
+    ('90%', '92.5%', '0.25')
+    """
+    return value(name, amount).replace(".0%", "%")
+
+
 def difference(name: str, before: float, after: float) -> str:
-    """`after` minus `before` with its sign: in percentage points for shares.
+    """`after` minus `before` with its sign, in percentage points for shares; empty if it is not finite.
 
     >>> difference("accuracy", 0.939, 0.931), difference("perplexity", 12.0, 12.5)
     ('−0.8 points', '+0.5')
     """
     change = after - before
     if not math.isfinite(change):
-        return "unknown"
+        return ""
     if is_share(name, before, after):
         points = round(100 * change, 1)
         return "no change" if not points else f"{points:+.1f} points".replace("-", MINUS)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from ..core.allocate import floor_counts, get_allocation
+from ..core.allocate import densities, floor_counts, get_allocation
 from ..core.budget import units_kept
 from ..core.errors import BudgetError, OptionError, unknown_name
 from ..core.schedule import Cubic, OneShot, Schedule
@@ -176,7 +176,7 @@ def _counts(
     options: Mapping[str, Any],
 ) -> Counts:
     if allocation == "uniform":
-        _no_options(allocation, options)
+        _only_options(allocation, (), options)
         if targets and schedule(0) > 0:
             raise OptionError("targets scale the schedule from 0, so they need initial=0.")
         return per_tensor(schedule.final, tensor_targets(targets or {}, [g.name for g in groups]), floors)
@@ -190,13 +190,19 @@ def _counts(
         )
     if not isinstance(allocation, str):
         return by_rule("given", groups, floors, densities=allocation, **options)
-    get_allocation(allocation)
+    entry = get_allocation(allocation)
+    _only_options(allocation, entry.options, options)
+    if not entry.needs_scores:
+        # What the rule cannot meet at the end is refused now and not after hours of training.
+        densities(allocation, {group.name: group.shape for group in groups}, 1 - schedule.final, **options)
     return by_rule(allocation, groups, floors, **options)
 
 
-def _no_options(allocation: str, options: Mapping[str, Any]) -> None:
-    if options:
-        raise OptionError(f"allocation {allocation!r} has no option {', '.join(options)}.")
+def _only_options(allocation: str, known: Sequence[str], given: Mapping[str, Any]) -> None:
+    wrong = [name for name in given if name not in known]
+    if wrong:
+        takes = ", ".join(known) or "none"
+        raise OptionError(f"allocation {allocation!r} has no option {', '.join(wrong)}; its options are: {takes}.")
 
 
 def _scorer(criterion: str | Criterion, model: nn.Module, pool: Reduce) -> Scorer:

@@ -63,6 +63,9 @@ class Masks(Mapping[str, Tensor]):
             minus one optimizer step competes (TensorFlow Model Optimization).
         debug: check before and after every optimizer step that what is masked is zero.
 
+    Attributes:
+        steps: steps taken by the optimizer watched first.
+
     Raises:
         OptionError: an unknown name, a mask that is not bool or does not broadcast, two different masks for one tied
             parameter, an unknown `revive`.
@@ -120,8 +123,6 @@ class Masks(Mapping[str, Tensor]):
 
     def watch(self, optimizer: Optimizer) -> Masks:
         """This object, after `optimizer` got hooks that mask again after each of its steps; any number may be watched.
-
-        `steps` counts the steps of the optimizer watched first.
 
         Raises:
             OptionError: an LBFGS, or an optimizer that holds none of the masked parameters.

@@ -28,7 +28,7 @@ class Pruner:
     Args:
         model: pruned in place.
         optimizer: the one that trains the pruned weights; None if its steps cannot be watched, in which case every
-            `step()` counts as one. Further optimizers: `pruner.masks.watch(other)`.
+            `step()` counts as one and `revive` is "never". Further optimizers: `pruner.masks.watch(other)`.
         schedule: when, and to which sparsity.
         rule: the mask update; see `update.Rule`.
         weights: the parameters to prune, by qualified name.
@@ -38,6 +38,10 @@ class Pruner:
     Attributes:
         masks: the `Masks`, a mapping from weight names to bool tensors.
         schedule: as given.
+
+    Raises:
+        OptionError: `revive` without an optimizer, or an optimizer that cannot keep masks (see `Masks.watch`).
+        ModelError: NaN or infinite weights, if an update is due at once.
     """
 
     def __init__(
@@ -51,17 +55,23 @@ class Pruner:
         revive: Revive = "never",
         debug: bool = False,
     ) -> None:
+        if optimizer is None and revive != "never":
+            raise OptionError(f"revive={revive!r} looks at optimizer steps, so it needs the optimizer.")
         dense = {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}
         self._model, self._rule, self._watched, self._debug = model, rule, optimizer is not None, debug
         self.schedule = schedule
         self.masks = Masks(model, dense, revive=revive, debug=debug)
-        if optimizer is not None:
-            self.masks.watch(optimizer)
-        self._state = rule.init(self._weights())
         self._step = self._updates = 0
         self._closed = False
-        if schedule.due(0):
-            self._update()
+        try:
+            if optimizer is not None:
+                self.masks.watch(optimizer)
+            self._state = rule.init(self._weights())
+            if schedule.due(0):
+                self._update()
+        except Exception:
+            self.masks.remove()
+            raise
 
     @property
     def steps(self) -> int:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from ...core.dims import Dim, Fixed, size
 from ..trace import Call, Type, rule
-from .pointwise import broadcast
+from .pointwise import broadcast, fixed, fixed_dims, zero_on
 
 __all__ = ["einsum"]
 
 # Operands first, then the output, in the notation of einsum.
 _EQUATIONS = {
     "mm": "mk,kn->mn", "addmm": "mk,kn->mn", "bmm": "bmk,bkn->bmn", "baddbmm": "bmk,bkn->bmn", "mv": "mk,k->m",
-    "dot": "k,k->", "addmv": "mk,k->m", "linear": None,
+    "dot": "k,k->", "vdot": "k,k->", "addmv": "mk,k->m",
 }  # fmt: skip
 
 
@@ -22,64 +24,73 @@ def einsum(call: Call, left: Type, right: Type, equation: str) -> Type:
     """
     operands, out = equation.split("->")
     solver, trace = call.trace.solver, call.trace
+    named = list(zip((left, right), operands.split(","), strict=True))
     letters: dict[str, list[Dim]] = {}
-    for kind, names in zip((left, right), operands.split(","), strict=True):
+    for kind, names in named:
         for dim, letter in zip(kind.dims, names, strict=True):
             letters.setdefault(letter, []).append(dim)
-    dims = {letter: solver.unify_all(group, call.why) for letter, group in letters.items()}
+    dims = {letter: solver.resolve(solver.unify_all(group, call.why)) for letter, group in letters.items()}
     trace.macs.append((tuple(dims.values()), call.module))
     contracted = [letter for letter in dims if letter not in out]
-    for kind, names in zip((left, right), operands.split(","), strict=True):
+    for kind, names in named:
         if kind.param:
-            trace.contracted.update((kind.param, kind.axes[names.index(k)]) for k in contracted)
+            trace.contracted.update((kind.param, axis) for k in contracted for axis in kind.axes[names.index(k)])
     if not (left.zero or right.zero):
         for letter in contracted:
-            solver.entangle(dims[letter], f"summed over values that zeroing does not make zero: {call.why}")
+            call.doubt(dims[letter], f"summed over values that zeroing does not make zero: {call.why}")
     if "b" in dims and not (left.param or right.param):
         trace.heads.append(dims["b"])
         trace.head_sizes.extend(dims[k] for k in dims if k != "b")
-    return Type(tuple(dims[k] for k in out), left.zero and right.zero)
+    live = [k for k in out if not isinstance(dims[k], Fixed)]
+    zero = all(any(kind.zero for kind, names in named if k in names) for k in live)
+    return Type(tuple(dims[k] for k in out), zero)
 
 
-def _settle(call: Call, kind: Type, *operands: Type) -> Type:
-    """The output is zero where removed if each operand with a free atom is zero there."""
-    zero = all(o.zero for o in operands if any(not isinstance(d, Fixed) for d in o.dims))
-    return Type(kind.dims, zero)
+def _plus(call: Call, product: Type, terms: list[Type]) -> Type:
+    """The product and the terms that are added to it under broadcasting."""
+    dims = broadcast(call, [product, *terms], tuple(call.outputs[0].shape))
+    return Type(dims, zero_on(dims, [product, *terms], all))
 
 
-@rule("mm", "bmm", "mv", "dot")
+@rule("mm", "bmm", "mv", "dot", "vdot", charged=True)
 def product(call: Call) -> Type:
     """A plain matrix product."""
     left, right = call.types()[:2]
-    return einsum(call, left, right, str(_EQUATIONS[call.name]))
+    return einsum(call, left, right, _EQUATIONS[call.name])
 
 
-@rule("addmm", "baddbmm", "addmv")
+@rule("addmm", "baddbmm", "addmv", charged=True)
 def add_product(call: Call) -> Type:
     """A matrix product plus a broadcast term."""
     bias, left, right = call.types()[:3]
-    out = einsum(call, left, right, str(_EQUATIONS[call.name]))
-    dims = broadcast(call, [out, bias], tuple(size(d) for d in out.dims))
-    weight_only = right.zero and right.param is not None and bias.zero
-    return Type(dims, weight_only or (out.zero and bias.zero))
+    return _plus(call, einsum(call, left, right, _EQUATIONS[call.name]), [bias])
 
 
-@rule("linear")
+@rule("linear", charged=True)
 def linear(call: Call) -> Type:
     """A linear layer that was not decomposed."""
     x, weight, *bias = call.types()
-    free = "abcdefgh"[: len(x.dims) - 1]
-    out = einsum(call, x, weight, f"{free}k,nk->{free}n")
-    dims = broadcast(call, [out, *bias], tuple(size(d) for d in out.dims))
-    return Type(dims, weight.zero and all(b.zero for b in bias))
+    free = "acdefghi"[: len(x.dims) - 1]
+    return _plus(call, einsum(call, x, weight, f"{free}k,nk->{free}n"), bias)
+
+
+@rule("_trilinear", charged=True)
+def trilinear(call: Call) -> list[Type]:
+    """A bilinear layer: its widths are summed over jointly and are left as they are."""
+    left, weight, right = call.types()
+    for kind in (left, weight, right):
+        call.freeze(kind.dims)
+    call.trace.macs.append(((left.dims[0], *weight.dims), call.module))
+    return fixed(call)
 
 
 @rule(
     "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_fused_attention_overrideable",
+    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable", charged=True,
 )  # fmt: skip
 def attention(call: Call) -> list[Type]:
-    """Fused attention over [batch, heads, queries, size]: heads are one axis of all operands."""
+    """Fused attention over [batch, heads, queries, size]: heads are one axis of all operands, the mask included."""
     q, k, v = (call.type_of(call.args[name]) for name in ("query", "key", "value"))
     solver = call.trace.solver
     batch, heads = (solver.unify_all([x.dims[i] for x in (q, k, v)], call.why) for i in (0, 1))
@@ -87,11 +98,19 @@ def attention(call: Call) -> list[Type]:
     tokens = solver.unify_all([k.dims[2], v.dims[2]], call.why)
     call.freeze([batch, q.dims[2], tokens], f"tokens and batch: {call.why}")
     if call.args.get("scale") is None or not (q.zero or k.zero):
-        solver.entangle(size_qk, f"the scale depends on the head size: {call.why}")
+        call.doubt(size_qk, f"the scale depends on the head size: {call.why}")
+    shared = (batch, heads, q.dims[2], tokens)
+    mask = call.args.get("attn_mask", call.args.get("attn_bias"))
+    if mask is not None:
+        broadcast(call, [Type(shared), call.type_of(mask)], tuple(size(d) for d in shared))
     call.trace.heads.append(heads)
     call.trace.head_sizes.extend([size_qk, v.dims[3]])
-    shared = (batch, heads, q.dims[2], tokens)
     call.trace.macs.append(((*shared, size_qk), call.module))
     call.trace.macs.append(((*shared, v.dims[3]), call.module))
-    out = Type((batch, heads, q.dims[2], v.dims[3]), v.zero)
-    return [out, *(Type(tuple(Fixed(n) for n in t.shape)) for t in call.outputs[1:])]
+    return [Type((*shared[:3], v.dims[3]), v.zero), *(_per_head(t, shared) for t in call.outputs[1:])]
+
+
+def _per_head(tensor: Tensor, shared: tuple[Dim, ...]) -> Type:
+    """The type of what a kernel returns beside its result: sums per batch and head, or states of its own."""
+    lead = shared[:2] if tuple(tensor.shape[:2]) == tuple(size(d) for d in shared[:2]) else ()
+    return Type((*lead, *fixed_dims(tensor)[len(lead) :]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from ...core.dims import Dim, Fixed, product, size
 from ..trace import Call, Type, rule
 
@@ -20,14 +22,12 @@ def _affine(call: Call, dim: Dim, *names: str) -> bool:
 def _statistics(call: Call, dims: tuple[Dim, ...]) -> list[Type]:
     """Types of the outputs after the first: statistics over `dims`, or nothing where the backend saves none."""
     shape = tuple(size(d) for d in dims)
-    return [
-        Type(dims if tuple(t.shape) == shape else tuple(Fixed(n) for n in t.shape)) for t in call.outputs[1:]
-    ]
+    return [Type(dims if tuple(t.shape) == shape else tuple(Fixed(n) for n in t.shape)) for t in call.outputs[1:]]
 
 
 @rule(
     "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
-    "miopen_batch_norm", "_batch_norm_no_update", "_batch_norm_with_update", "batch_norm",
+    "miopen_batch_norm", "_batch_norm_no_update", "_batch_norm_with_update",
 )  # fmt: skip
 def batch_norm(call: Call) -> list[Type]:
     """Each channel by itself: scale, shift and running statistics go with it."""
@@ -37,30 +37,31 @@ def batch_norm(call: Call) -> list[Type]:
     return [Type(kind.dims, zero), *_statistics(call, (kind.dims[1],))]
 
 
-@rule("native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm")
+@rule("native_layer_norm", "_fused_rms_norm")
 def layer_norm(call: Call) -> list[Type]:
     """Mean and variance run over the normalised axes, so removal there differs from zeroing."""
     kind = call.types()[0]
     shape = call.args["normalized_shape"]
     axes = kind.dims[len(kind.dims) - len(shape) :]
-    params = [call.args.get(name) for name in ("weight", "bias") if call.args.get(name) is not None]
+    params: list[Tensor] = [call.args[name] for name in ("weight", "bias") if call.args.get(name) is not None]
     for tensor in params:
         for own, dim in zip(call.type_of(tensor).dims, axes, strict=True):
             call.trace.solver.unify(own, dim, call.why)
     for dim in axes:
-        call.trace.solver.entangle(dim, f"normalised over: {call.why}")
+        call.doubt(dim, f"normalised over: {call.why}")
     rest = _statistics(call, (*kind.dims[: len(kind.dims) - len(shape)], *([Fixed(1)] * len(shape))))
     return [Type(kind.dims, bool(params) and all(call.type_of(t).zero for t in params)), *rest]
 
 
-@rule("native_group_norm", "group_norm")
+@rule("native_group_norm")
 def group_norm(call: Call) -> list[Type]:
-    """Channels are groups × channels of a group; the statistics run over the second factor."""
+    """Channels are groups × channels of a group; whole groups can go, the statistics run over the second factor."""
     kind = call.types()[0]
     solver, channels = call.trace.solver, kind.dims[1]
-    group = int(call.args.get("group") or call.args["num_groups"])
-    within = solver.fresh(size(channels) // group)
-    solver.unify(channels, product(Fixed(group), within), call.why)
+    group = solver.fresh(call.args["group"])
+    within = solver.fresh(size(channels) // size(group))
+    solver.unify(channels, product(group, within), call.why)
     zero = _affine(call, channels, "weight", "bias")
-    solver.entangle(within, f"normalised over: {call.why}")
-    return [Type(kind.dims, zero), *_statistics(call, (kind.dims[0], Fixed(group)))]
+    call.doubt(within, f"normalised over: {call.why}")
+    call.trace.edits[f"{call.module}.num_groups"] = group
+    return [Type(kind.dims, zero), *_statistics(call, (kind.dims[0], group))]

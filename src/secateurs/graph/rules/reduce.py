@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...core.dims import Dim, Fixed
 from ..trace import Call, Type, rule
-from .pointwise import fixed
+from .pointwise import fixed, pointwise
 
 __all__: list[str] = []
 
@@ -18,26 +18,26 @@ def _reduced(call: Call, kind: Type) -> list[int]:
 
 
 @rule(
-    "mean", "sum", "amax", "amin", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm", "prod", "logsumexp",
-    "any", "all", "max", "min", "argmax", "argmin", "median", "nansum",
+    "mean", "sum", "amax", "amin", "aminmax", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm",
+    "prod", "logsumexp", "any", "all", "max", "min", "argmax", "argmin", "median", "nansum",
 )  # fmt: skip
 def reduce(call: Call) -> list[Type]:
     """Axes folded into one number. Only a sum of exact zeros does not notice what was removed."""
     kind = call.types()[0]
     if call.name in ("max", "min") and len(call.tensors()) > 1:
-        from .pointwise import pointwise
-
         return pointwise(call)
     axes = _reduced(call, kind)
     neutral = call.name == "sum" and kind.zero
     if not neutral:
         for axis in axes:
-            call.trace.solver.entangle(kind.dims[axis], f"reduced over: {call.why}")
+            call.doubt(kind.dims[axis], f"reduced over: {call.why}")
     if call.name in ("argmax", "argmin", "max", "min", "median"):
         call.freeze([kind.dims[a] for a in axes], f"positions are looked up: {call.why}")
     keepdim = bool(call.args.get("keepdim"))
     dims: list[Dim] = [Fixed(1) if i in axes else d for i, d in enumerate(kind.dims) if keepdim or i not in axes]
-    return [Type(tuple(dims), kind.zero) for _ in call.outputs]
+    # Of zeros all are zero but the logarithm of a sum of exponentials, and the positions that some return as well.
+    zero = kind.zero and call.name != "logsumexp"
+    return [Type(tuple(dims), zero and t.is_floating_point()) for t in call.outputs]
 
 
 @rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax", "logcumsumexp")
@@ -45,7 +45,7 @@ def softmax(call: Call) -> Type:
     """Values of one axis normalised by their sum."""
     kind = call.types()[0]
     axis = call.axis(call.args["dim"], len(kind.dims))
-    call.trace.solver.entangle(kind.dims[axis], f"normalised over: {call.why}")
+    call.doubt(kind.dims[axis], f"normalised over: {call.why}")
     return Type(kind.dims)
 
 
@@ -57,7 +57,7 @@ def ordered(call: Call) -> list[Type]:
     axes = [rank - 2, rank - 1] if call.name in ("triu", "tril") else [call.axis(call.args.get("dim", -1), rank)]
     dims = call.freeze_axes(kind.dims, axes, f"ordered: {call.why}")
     if call.name == "topk":
-        return [Type(tuple(Fixed(n) if i in axes else d for i, (d, n) in enumerate(zip(dims, t.shape, strict=True)))) for t in call.outputs]
+        dims[axes[0]] = Fixed(call.outputs[0].shape[axes[0]])
     return [Type(tuple(dims)) for _ in call.outputs]
 
 

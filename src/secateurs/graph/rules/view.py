@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from operator import mul
+
 from ...core.dims import Dim, Fixed, concat, product, size
 from ..trace import Call, Type, rule
-from .pointwise import fixed
+from .pointwise import fixed, fixed_dims
 
 __all__: list[str] = []
 
@@ -15,9 +19,28 @@ def _one(call: Call) -> tuple[Type, int]:
 
 
 def _view(kind: Type, order: list[int]) -> Type:
-    """`kind` with its axes in another order; knows that it is still a view of the parameter."""
+    """The axes of `kind` that `order` names; knows that it is still a view of the parameter."""
     axes = tuple(kind.axes[i] for i in order) if kind.param else ()
     return Type(tuple(kind.dims[i] for i in order), kind.zero, kind.param, axes)
+
+
+def _covered(
+    axes: tuple[tuple[int, ...], ...], sizes: Sequence[int], shape: Sequence[int]
+) -> tuple[tuple[int, ...], ...]:
+    """Which axes of a parameter each axis of a reshape of its view runs over: those that share one of its strides."""
+    if not axes:
+        return ()
+    spans = list(zip(_spans(sizes), axes, strict=True))
+    return tuple(
+        tuple(a for (low, high), own in spans if max(low, start) < min(high, stop) for a in own)
+        for start, stop in _spans(shape)
+    )
+
+
+def _spans(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Of each axis the product of the sizes before it, without and with its own."""
+    ends = list(accumulate(sizes, mul, initial=1))
+    return list(pairwise(ends))
 
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten", "_reshape_copy", "view_copy")
@@ -25,9 +48,11 @@ def reshape(call: Call) -> Type:
     """Row-major reshape."""
     kind, _ = _one(call)
     shape = tuple(call.outputs[0].shape)
-    if tuple(size(d) for d in kind.dims) == shape:
+    sizes = tuple(size(d) for d in kind.dims)
+    if sizes == shape:
         return kind
-    return Type(tuple(call.trace.solver.reshape(kind.dims, shape, call.why)), kind.zero)
+    dims = tuple(call.trace.solver.reshape(kind.dims, shape, call.why))
+    return Type(dims, kind.zero, kind.param, _covered(kind.axes, sizes, shape))
 
 
 @rule("t", "transpose", "permute", "numpy_T", "movedim", "transpose_copy", "permute_copy")
@@ -50,7 +75,8 @@ def unsqueeze(call: Call) -> Type:
     """A new axis of one position."""
     kind, rank = _one(call)
     at = call.axis(call.args["dim"], rank + 1)
-    return Type((*kind.dims[:at], Fixed(1), *kind.dims[at:]), kind.zero)
+    axes = (*kind.axes[:at], (), *kind.axes[at:]) if kind.param else ()
+    return Type((*kind.dims[:at], Fixed(1), *kind.dims[at:]), kind.zero, kind.param, axes)
 
 
 @rule("squeeze")
@@ -59,8 +85,7 @@ def squeeze(call: Call) -> Type:
     kind, rank = _one(call)
     named = call.args.get("dim", list(range(rank)))
     axes = {call.axis(d, rank) for d in (named if isinstance(named, (list, tuple)) else [named])}
-    dims = tuple(d for i, d in enumerate(kind.dims) if not (i in axes and size(d) == 1))
-    return Type(dims, kind.zero)
+    return _view(kind, [i for i, d in enumerate(kind.dims) if not (i in axes and size(d) == 1)])
 
 
 @rule("expand", "broadcast_to")
@@ -184,7 +209,42 @@ def reorder(call: Call) -> Type:
     return Type(tuple(call.freeze_axes(kind.dims, axes, f"reordered: {call.why}")), kind.zero)
 
 
-@rule("view_as_complex", "view_as_real", "as_strided", "diagonal", "unfold", "im2col", "pixel_shuffle", "pixel_unshuffle")
+@rule("glu")
+def glu(call: Call) -> Type:
+    """The first half of an axis, gated by the second: they are one."""
+    kind, rank = _one(call)
+    axis = call.axis(call.args["dim"], rank)
+    half = size(kind.dims[axis]) // 2
+    halves = [call.trace.solver.cut_at(kind.dims[axis], at, at + half, call.why) for at in (0, half)]
+    return Type((*kind.dims[:axis], call.trace.solver.unify_all(halves, call.why), *kind.dims[axis + 1 :]), kind.zero)
+
+
+@rule("channel_shuffle", "native_channel_shuffle")
+def channel_shuffle(call: Call) -> Type:
+    """Channels as groups × channels of a group, transposed."""
+    kind, _ = _one(call)
+    groups = call.args["groups"]
+    sizes = (groups, size(kind.dims[1]) // groups)
+    slow, fast = call.trace.solver.reshape([kind.dims[1]], sizes, call.why)
+    return Type((kind.dims[0], product(fast, slow), *kind.dims[2:]), kind.zero)
+
+
+@rule("pixel_shuffle", "pixel_unshuffle")
+def pixel_shuffle(call: Call) -> Type:
+    """Channels × the square of a factor traded for pixels: the square is fixed, the other channels pass."""
+    kind, rank = _one(call)
+    at, after = rank - 3, call.outputs[0].shape[-3]
+    channels = kind.dims[at]
+    call.freeze(kind.dims[at + 1 :], f"spatial axes: {call.why}")
+    if call.name == "pixel_shuffle":
+        channels, square = call.trace.solver.reshape([channels], (after, size(channels) // after), call.why)
+        call.freeze([square], f"channels that become pixels: {call.why}")
+    else:
+        channels = product(channels, Fixed(after // size(channels)))
+    return Type((*kind.dims[:at], channels, *fixed_dims(call.outputs[0])[at + 1 :]), kind.zero)
+
+
+@rule("view_as_complex", "view_as_real", "as_strided", "diagonal", "unfold", "im2col")
 def opaque(call: Call) -> list[Type]:
     """Views that are not followed: everything they touch is fixed."""
     for kind in call.types():

@@ -1,0 +1,1 @@
+"""Systems that prune channels, filters and heads."""

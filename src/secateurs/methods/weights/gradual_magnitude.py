@@ -1,0 +1,108 @@
+"""Gradual magnitude pruning: sparsity rises along a cubic curve while the network trains.
+
+Zhu and Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model compression", 2017, arXiv
+1710.01878. Unit: single weights (or blocks of them). When: during training, from scratch or from a checkpoint, then a
+tail with frozen masks. How: every few steps the smallest |w| of each tensor go, so that the sparsity is
+
+    s(t) = s_f + (s_i - s_f)·(1 - q)³,    q = (t - begin) / (end - begin) in [0, 1]                       (eq. 1)
+
+and weights that are left repair the damage while the learning rate is still large enough.
+
+Defaults. s_i = 0 and exponent 3 are the paper's. Masks are updated from 10% to 70% of the training: early enough to
+repair, late enough that weights carry information. The published code counts steps (begin 0, every 10 or 100), which
+`train.GradualMagnitude` takes for any loop of your own; here shares of the training stand for them.
+
+What the code has and the paper does not: three fates of a masked weight (`revive`), targets by regular expression,
+blocks, first- and second-order scores. All are options of `train.GradualMagnitude`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ...core.budget import Budget
+from ...core.catalogue import Method, method
+from ...core.errors import BudgetError, OptionError
+from ...pruning import FineTune, Pruned, prune_in_training
+from ...train.magnitude import GradualMagnitude
+
+__all__ = ["METHOD", "Gradual", "gradual_magnitude"]
+
+
+@dataclass(frozen=True)
+class Gradual:
+    """Hyperparameters.
+
+    Args:
+        begin, end: shares of the training between which sparsity rises.
+        updates: how often masks change in between.
+        initial: sparsity at `begin` (0, the paper).
+        exponent: of the curve (3, the paper).
+        allocation: "uniform" gives each tensor the same sparsity (the paper).
+        revive: fate of a masked weight: "never", "value" or "one-step".
+    """
+
+    begin: float = 0.1
+    end: float = 0.7
+    updates: int = 20
+    initial: float = 0.0
+    exponent: float = 3.0
+    allocation: str = "uniform"
+    revive: str = "never"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.begin < self.end <= 1 or self.updates < 1:
+            raise OptionError(
+                f"0 <= begin < end <= 1 and updates >= 1 are needed, got {self.begin}, {self.end} and {self.updates}."
+            )
+
+
+def gradual_magnitude(
+    model: nn.Module, example_inputs: Any, budget: str | Budget, *, recover: FineTune | None = None,
+    options: Gradual | None = None, **common: Any,
+) -> Pruned:  # fmt: skip
+    """A copy of `model` trained by `recover` while its smallest weights go; zeros in dense tensors.
+
+    Args:
+        model, example_inputs: as for `prune`.
+        budget: "sparsity=…" alone.
+        recover: the training; `FineTune(epochs=…)`.
+        options: hyperparameters.
+        common: data, test, loss, seed, scope, ignore and the rest of `prune`'s arguments.
+
+    Raises:
+        BudgetError: another budget than a sparsity.
+        OptionError: no training given.
+    """
+    how = options or Gradual()
+    asked = Budget.parse(budget).limit("sparsity")
+    if asked is None or len(Budget.parse(budget).limits) > 1:
+        raise BudgetError(f"gradual magnitude pruning needs a budget such as 'sparsity=90%', got {str(budget)!r}.")
+
+    def pruner(trained: nn.Module, optimizer: Any, steps: int, chosen: dict[str, Any]) -> Any:
+        begin, end = int(how.begin * steps), max(int(how.end * steps), int(how.begin * steps) + 1)
+        return GradualMagnitude(
+            trained, optimizer, sparsity=asked.value, initial=how.initial, begin=begin, end=end,
+            every=max(1, (end - begin) // how.updates), exponent=how.exponent, allocation=how.allocation,
+            revive=how.revive, **chosen,
+        )  # fmt: skip
+
+    return prune_in_training(model, example_inputs, budget, pruner, recover=recover, allocation=how.allocation, **common)
+
+
+METHOD = method(
+    Method(
+        name="gradual-magnitude",
+        title="To prune, or not to prune: exploring the efficacy of pruning for model compression",
+        arxiv="1710.01878",
+        units=("weight", "block"),
+        when=("during training",),
+        how="|w| per tensor, cubic schedule",
+        run=gradual_magnitude,
+        needs=("data", "labels", "training"),
+        claim="A large network pruned to N non-zeros beats a small dense one of N parameters.",
+    )
+)
