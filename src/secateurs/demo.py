@@ -73,7 +73,8 @@ class DigitsNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [n, classes]."""
-        return self.head(self.stages(self.stem(x)).mean((2, 3)))
+        logits: Tensor = self.head(self.stages(self.stem(x)).mean((2, 3)))
+        return logits
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ def run(
     say("training a residual network on handwritten digits")
     model = train(data, seed=seed, epochs=epochs, on_step=on_step)
     pruned = {name: _pruned(name, model, data, seed, epochs, say, on_step) for name in _BUDGETS}
-    files = {}
+    files: dict[str, str] = {}
     for name, made in pruned.items():
         say(f"{name}: saving, loading and comparing bit by bit")
         made.save(place / name)
@@ -227,8 +228,7 @@ def run(
         notes=tuple(notes),
         seconds=perf_counter() - start,
     )
-    text = json.dumps(found.to_dict(), indent=1) + "\n"
-    replace_file(place / "demo.json", lambda fresh: fresh.write_text(text, encoding="utf-8"))
+    _write(place / "demo.json", found)
     return found
 
 
@@ -249,6 +249,13 @@ def _pruned(
         seed=seed,
         **_OPTIONS[name],
     )
+
+
+def _write(path: Path, found: Demonstration) -> None:
+    def put(fresh: Path) -> None:
+        fresh.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    replace_file(path, put)
 
 
 def _refuse_changes(saved: nn.Module, loaded: nn.Module) -> None:

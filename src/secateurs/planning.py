@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from operator import length_hint
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,9 +28,10 @@ from .measure.collapse import few_units
 from .measure.latency import latency
 from .measure.macs import macs_by_module
 from .measure.params import bytes_in_memory, parameters
+from .recover.context import seeded
 from .train.scope import prunable_weights
 
-__all__ = ["GRANULARITIES", "Granularity", "plan", "plan_of_masks", "recipe_of", "timer"]
+__all__ = ["GRANULARITIES", "Granularity", "batches_of", "plan", "plan_of_masks", "recipe_of", "timer"]
 
 GRANULARITIES = ("channel", "head", "head-size", "weight", "block:ROWSxCOLUMNS")
 _BLOCK = re.compile(r"block:(\d+)x(\d+)")
@@ -91,7 +93,7 @@ def plan(
         model: any module whose forward runs on the example inputs.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keywords.
         budget: as "macs<=50%", "sparsity=90%", "2:4", "latency<=3ms", or several joined with ",".
-        data: batches, for criteria that look at activations or gradients.
+        data: batches, for criteria that look at activations or gradients; others do not read it.
         loss: `(output, target) -> scalar` for gradients; by default the output's own loss, or cross-entropy.
         criterion, criterion_options: how units are scored; see `secateurs.criteria`.
         allocation, allocation_options: how much goes from where; see `secateurs.core.allocate`.
@@ -128,12 +130,14 @@ def plan(
     )
     unit = Granularity.parse(recipe.granularity)
     _check_combination(unit, recipe)
-    batches = None if data is None else take(data)
+    batches = batches_of(data)
     structure, groups, costs = _units(model, example_inputs, unit, recipe)
-    scores = score(
-        criterion, model, groups, data=_scoring_data(criterion, batches, example_inputs), loss=loss, seed=seed,
-        **(criterion_options or {}),
-    )  # fmt: skip
+    # A shuffling loader takes its order from the global random state.
+    with seeded(seed, "scoring"):
+        scores = score(
+            criterion, model, groups, data=_scoring_data(criterion, batches, example_inputs), loss=loss, seed=seed,
+            **(criterion_options or {}),
+        )  # fmt: skip
     measure = None if structure is None else timer(model, structure, scores, example_inputs)
     keep = decide(groups, scores, costs, recipe, measure)
     made = ModelPlan(
@@ -204,10 +208,22 @@ def recipe_of(
     )
 
 
+def batches_of(data: Iterable[Any] | None) -> Iterable[Any] | None:
+    """`data` as something to go through any number of times; read here only if it is an iterator.
+
+    Raises:
+        DataError: it is empty.
+    """
+    if isinstance(data, Iterator) or (data is not None and length_hint(data, 1) == 0):
+        return take(data)
+    return data
+
+
 def timer(
     model: nn.Module, structure: Structure, scores: Mapping[str, Tensor], example_inputs: Any
 ) -> Callable[[Mapping[str, int]], float]:
     """A function from kept counts to the measured median seconds of the model cut to them."""
+
     def seconds(counts: Mapping[str, int]) -> float:
         keep = {name: top(scores[name], count) for name, count in counts.items()}
         return latency(cut(model, structure, keep), example_inputs).median
@@ -219,20 +235,20 @@ def _check_combination(unit: Granularity, recipe: Recipe) -> None:
     budget = recipe.budget
     if unit.kinds and get_allocation(recipe.allocation).needs_shapes:
         raise OptionError(
-            f"allocation {recipe.allocation!r} weighs the shapes of weight tensors, and a {recipe.granularity} spans several; "
-            "use uniform, global or given."
+            f"allocation {recipe.allocation!r} weighs the shapes of weight tensors, and a {recipe.granularity} spans "
+            "several; use uniform, global or given."
         )
     if budget.limit("tokens"):
         raise BudgetError("a budget of tokens is met by token pruning, not by removing weights or channels.")
     timed = [str(limit) for limit in budget.limits if limit.metric in ("latency", "speedup")]
     if timed and not unit.kinds:
         raise BudgetError(
-            f"{', '.join(timed)} cannot be met with {recipe.granularity} units: zeros in a dense tensor cost as much time as "
-            "other numbers; use granularity='channel'."
+            f"{', '.join(timed)} cannot be met with {recipe.granularity} units: zeros in a dense tensor cost as much "
+            "time as other numbers; use granularity='channel'."
         )
 
 
-def _scoring_data(criterion: str | Callable[..., Any], batches: list[Any] | None, example_inputs: Any) -> Any:
+def _scoring_data(criterion: str | Callable[..., Any], batches: Iterable[Any] | None, example_inputs: Any) -> Any:
     """A criterion that only looks at the shape of a batch is given the example inputs."""
     if batches is not None or not isinstance(criterion, str):
         return batches
@@ -309,4 +325,7 @@ def _listed(patterns: str | Sequence[str]) -> tuple[str, ...]:
 def _warnings(made: ModelPlan) -> tuple[str, ...]:
     sizes = {g.name: g.size for g in made.groups}
     symptoms = few_units(made.counts, sizes, _FEW)
-    return tuple(f"{s.layer}: {s.advice}" for s in symptoms)
+    return tuple(
+        f"{s.layer} keeps {made.counts[s.layer]} of {sizes[s.layer]} units; give floor=, or ask for less."
+        for s in symptoms
+    )

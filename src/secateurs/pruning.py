@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import import_module
+from inspect import signature
+from operator import length_hint
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -15,12 +18,14 @@ from torch import Tensor, nn
 from .core.batch import Loss, take
 from .core.budget import Budget
 from .core.catalogue import get_method
-from .core.errors import OptionError
+from .core.errors import ModelError, OptionError
+from .core.state import read_state, write_state
 from .deploy.store import load_extra, load_model, save_model
 from .graph.plan import ModelPlan, digest
+from .planning import batches_of, plan_of_masks, recipe_of
 from .planning import plan as make_plan
-from .planning import plan_of_masks, recipe_of
 from .recover.batchnorm import recalibrate_batch_norm
+from .recover.context import seeded
 from .recover.finetune import Data, History, fine_tune
 from .report.data import Report
 from .summary import Findings, quality_of, summarize
@@ -29,6 +34,9 @@ __all__ = ["FineTune", "Pruned", "load", "prune", "prune_in_training"]
 
 Stage = Callable[[str], None]
 _PLAN = "plan.safetensors"
+_RUN = "run.safetensors"
+# What every method passes on to `plan`; what else it takes, its signature names.
+_SHARED = ("scope", "ignore", "seed")
 
 
 @dataclass(frozen=True)
@@ -52,15 +60,22 @@ class FineTune:
     distill: bool = False
     data: Data | None = None
 
+    def __post_init__(self) -> None:
+        if (self.epochs is None) == (self.steps is None):
+            raise OptionError(f"FineTune needs epochs or steps, and not both; got {self.epochs} and {self.steps}.")
+
     def total_steps(self, data: Data) -> int:
-        """Optimizer steps of the whole training on `data`."""
+        """Optimizer steps of the whole training on `data`; read once where it does not tell its length."""
+        if self.steps is not None:
+            return self.steps
         first = data(0) if callable(data) else data
-        return self.steps if self.steps is not None else (self.epochs or 0) * len(list(first))
+        return (self.epochs or 0) * (length_hint(first) or sum(1 for _ in first))
 
     def run(self, model: nn.Module, teacher: nn.Module, data: Data, **options: Any) -> History:
         """The history of training `model` on this recipe's own data, else on `data`."""
         settings = {k: v for k, v in vars(self).items() if k not in ("distill", "data")}
-        return fine_tune(model, self.data or data, teacher=teacher if self.distill else None, **settings, **options)
+        own = data if self.data is None else self.data
+        return fine_tune(model, own, teacher=teacher if self.distill else None, **settings, **options)
 
 
 @dataclass
@@ -134,7 +149,8 @@ def prune(
         example_inputs: a tensor, a tuple of positional arguments or a dict of keywords.
         budget: as "macs<=50%", "sparsity=90%", "2:4"; several joined with ",".
         method: a published system of the catalogue that decides in place of `options`; it takes its own options then.
-        data: batches for criteria, batch-norm recalibration and fine-tuning.
+        data: batches for criteria, batch-norm recalibration and fine-tuning, read only where one of these needs them.
+            What can be gone through only once, as a generator, is kept in memory.
         test: batches on which quality is measured before and after; nothing is chosen by it.
         loss: `(output, target) -> scalar`; by default the output's own loss, or cross-entropy.
         recover: fine-tuning after the cut; None for none.
@@ -156,12 +172,14 @@ def prune(
     """
     if method is not None:
         common = {
-            "data": data, "test": test, "loss": loss, "recover": recover, "recalibrate": recalibrate, "measure": measure,
-            "inplace": inplace, "checkpoint": checkpoint, "on_stage": on_stage, "on_step": on_step, "name": name,
+            "data": data, "test": test, "loss": loss, "recover": recover, "recalibrate": recalibrate,
+            "measure": measure, "inplace": inplace, "checkpoint": checkpoint, "on_stage": on_stage,
+            "on_step": on_step, "name": name,
         }  # fmt: skip
-        return _by_method(method)(model, example_inputs, budget, **common, **options)
+        return _by_method(method, options)(model, example_inputs, budget, **common, **options)
     tell = on_stage or (lambda _name: None)
-    batches = None if data is None else take(data)
+    batches = batches_of(data)
+    training = None if recover is None else _training_data(recover, batches)
     tests = None if test is None else take(test, what="test data")
     notes = Findings(model=name or type(model).__name__, quality={}, seconds={})
     clock = _Clock(notes.seconds, tell)
@@ -176,17 +194,15 @@ def prune(
             notes.quality["before"] = quality_of(model, tests)
             notes.quality["one-shot"] = quality_of(made, tests)
     if batches is not None and recalibrate:
-        with clock("recalibrating"):
+        with clock("recalibrating"), seeded(seed, "recalibrating"):
             layers = recalibrate_batch_norm(made, batches)
         if layers and tests is not None:
             notes.quality["batch-norm recalibrated"] = quality_of(made, tests)
-    if recover is not None:
-        if recover.data is None and batches is None:
-            raise OptionError("recover= needs training data: pass data=, or FineTune(data=…).")
+    if recover is not None and training is not None:
         with clock("recovering"):
             where = None if folder is None else folder / "recovery"
             notes.history = recover.run(
-                made, model, batches or [], masks=masks or None, loss=loss, seed=seed, checkpoint=where, on_step=on_step
+                made, model, training, masks=masks or None, loss=loss, seed=seed, checkpoint=where, on_step=on_step
             )
         if tests is not None:
             notes.quality["recovered"] = quality_of(made, tests)
@@ -197,12 +213,27 @@ def prune(
     return Pruned(made, decided, report, masks)
 
 
-def _by_method(name: str) -> Callable[..., Pruned]:
+def _by_method(name: str, options: Iterable[str]) -> Callable[..., Pruned]:
+    # Methods stand on this module, so that they are known only once it is there.
+    import_module(f"{__package__}.methods")
     chosen = get_method(name)
-    if "builder" in chosen.needs:
-        raise OptionError(f"{name} compares trainings of a fresh network: call {chosen.run.__module__}.{chosen.run.__qualname__}.")
     run: Callable[..., Pruned] = chosen.run
+    if "builder" in chosen.needs:
+        raise OptionError(f"{name} compares trainings of a fresh network: call {run.__module__}.{run.__qualname__}.")
+    own = [option for option in options if option not in (*_SHARED, *signature(run).parameters)]
+    if own:
+        raise OptionError(
+            f"method {name!r} leaves no choice of {', '.join(own)}; its hyperparameters are given as options=…, or "
+            "leave out method= and choose all yourself."
+        )
     return run
+
+
+def _training_data(recover: FineTune, data: Iterable[Any] | None) -> Data:
+    found = data if recover.data is None else recover.data
+    if found is None:
+        raise OptionError("recover= needs training data: pass data=, or FineTune(data=…).")
+    return found
 
 
 def prune_in_training(
@@ -225,7 +256,8 @@ def prune_in_training(
     on_stage: Stage | None = None,
     on_step: Callable[[Any], None] | None = None,
     name: str | None = None,
-    **_unused: Any,
+    settings: Mapping[str, Any] | None = None,
+    recalibrate: bool = True,
 ) -> Pruned:
     """`model` trained by `recover` with a train-time pruner at work, as `prune` reports it.
 
@@ -233,18 +265,24 @@ def prune_in_training(
         pruner: from (model, optimizer, number of optimizer steps, {scope, ignore}) to the pruner.
         recover: the training.
         allocation: what the pruner follows, for the report.
+        settings: the pruner's own, by which a checkpoint knows its run.
+        recalibrate: without effect, since batch-norm statistics follow the training.
         others: as for `prune`.
 
     Raises:
-        OptionError: no training, or no data for it.
+        OptionError: no training, no data for it, or a checkpoint of another run.
+        ModelError: NaN or infinite weights.
     """
     if recover is None:
         raise OptionError("this method prunes while it trains: pass recover=FineTune(epochs=…, lr=…) and data=.")
-    batches = None if data is None else take(data)
+    training = _training_data(recover, batches_of(data))
     tests = None if test is None else take(test, what="test data")
-    training = recover.data or batches
-    if training is None:
-        raise OptionError("recover= needs training data: pass data=, or FineTune(data=…).")
+    _check_finite(model)
+    recipe = recipe_of(
+        budget, granularity="weight", allocation=allocation, scope=scope, ignore=ignore, seed=seed
+    )  # fmt: skip
+    if checkpoint is not None:
+        _claim(Path(checkpoint), {"recipe": recipe.to_dict(), "model": digest(model), "settings": dict(settings or {})})
     notes = Findings(model=name or type(model).__name__)
     clock = _Clock(notes.seconds, on_stage or (lambda _name: None))
     if tests is not None:
@@ -265,9 +303,6 @@ def prune_in_training(
     masks = built[0].finalize()
     if tests is not None:
         notes.quality["pruned in training"] = quality_of(made, tests)
-    recipe = recipe_of(
-        budget, granularity="weight", allocation=allocation, scope=scope, ignore=ignore, seed=seed
-    )  # fmt: skip
     decided = plan_of_masks(made, example_inputs, masks, recipe)
     with clock("measuring"):
         report = summarize(model, made, decided, example_inputs, notes, timed=measure)
@@ -293,7 +328,9 @@ class _Clock:
         self._seconds[self._name] = self._seconds.get(self._name, 0.0) + perf_counter() - self._start
 
 
-def _planned(model: nn.Module, example_inputs: Any, budget: str | Budget, folder: Path | None, **options: Any) -> ModelPlan:
+def _planned(
+    model: nn.Module, example_inputs: Any, budget: str | Budget, folder: Path | None, **options: Any
+) -> ModelPlan:
     """The plan, from the checkpoint if that holds one of the same model, budget and options."""
     if folder is None:
         return make_plan(model, example_inputs, budget, **options)
@@ -302,13 +339,33 @@ def _planned(model: nn.Module, example_inputs: Any, budget: str | Budget, folder
     if file.exists():
         known = ModelPlan.load(file)
         if known.recipe != asked or known.digest != digest(model):
-            raise OptionError(
-                f"{folder} holds a run of another model, budget or options; give another folder, or delete it to start again."
-            )
+            raise _other_run(folder)
         return replace(known, example_inputs=example_inputs)
     made = make_plan(model, example_inputs, budget, **options)
     made.save(file)
     return made
+
+
+def _claim(folder: Path, run: dict[str, Any]) -> None:
+    """None; the folder is from now on that of `run`, unless it is another's already."""
+    file = folder / _RUN
+    if not file.exists():
+        write_state(file, run, "run")
+    elif read_state(file, "run") != run:
+        raise _other_run(folder)
+
+
+def _other_run(folder: Path) -> OptionError:
+    return OptionError(
+        f"{folder} holds a run of another model, budget or options; give another folder, or delete it to start again."
+    )
+
+
+def _check_finite(model: nn.Module) -> None:
+    wrong = [n for n, p in model.named_parameters() if p.is_floating_point() and not bool(p.isfinite().all())]
+    if wrong:
+        named = ", ".join(wrong[:3])
+        raise ModelError(f"NaN or infinite weights in {named}: repair or reload the model before pruning.")
 
 
 def _applied(model: nn.Module, decided: ModelPlan) -> tuple[nn.Module, dict[str, Tensor], float | None]:

@@ -174,6 +174,11 @@ def test_too_high_a_sparsity_names_the_highest() -> None:
     ) as low:
         fitted("sparsity=97%")
     assert sum(fitted(str(low.value.nearest)).values()) == 3
+    with pytest.raises(BudgetError) as rounded:
+        fitted("sparsity>=97%", round_to=8)
+    assert str(rounded.value.nearest).startswith("sparsity>=")
+    # The lowest levels are 8, 8 and, six heads being fewer than eight, 1.
+    assert fitted(str(rounded.value.nearest), round_to=8) == {"a": 8, "b": 8, "heads": 1}
 
 
 def test_a_rule_that_refuses_few_units_is_asked_for_more() -> None:

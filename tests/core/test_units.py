@@ -57,11 +57,11 @@ def test_a_tensor_that_carries_a_group_twice_counts_each_axis() -> None:
 
 
 def test_a_decision_spreads_to_every_tensor() -> None:
-    masks = HEADS.spread(torch.tensor([True, False, True]))
-    assert masks["q.weight"].flatten().int().tolist() == [1, 1, 0, 0, 1, 1]
+    masks = HEADS.spread(torch.tensor([False, True, False]))
+    assert masks["q.weight"].flatten().int().tolist() == [0, 0, 1, 1, 0, 0]
     assert masks["q.weight"].shape == (6, 1)
-    assert masks["q.bias"].int().tolist() == [1, 1, 0, 0, 1, 1]
-    assert masks["o.weight"].int().tolist() == [[1, 1, 0, 0, 1, 1, 1, 1, 1, 1]]
+    assert masks["q.bias"].int().tolist() == [0, 0, 1, 1, 0, 0]
+    assert masks["o.weight"].int().tolist() == [[0, 0, 1, 1, 0, 0, 1, 1, 1, 1]]
     assert HEADS.tensors == ("q.weight", "q.bias", "o.weight")
     assert HEADS.units_along(HEADS.members[2]).tolist() == [0, 0, 1, 1, 2, 2, -1, -1, -1, -1]
 

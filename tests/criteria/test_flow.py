@@ -144,6 +144,13 @@ def test_synflow_sees_only_the_shape_and_the_size_of_weights() -> None:
     assert all(torch.equal(one[n], two[n]) for n in one)
 
 
+def test_synflow_feeds_one_sample_of_ones() -> None:
+    model, seen = mlp(3, 2), []
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    score("synflow", model, weight_groups(model), data=[torch.randn(5, 3)])
+    assert [x.tolist() for x in seen] == [[[1.0, 1.0, 1.0]]]
+
+
 def test_synflow_reads_one_batch_only() -> None:
     def batches() -> object:
         yield torch.randn(1, 3)

@@ -46,6 +46,14 @@ def test_a_tied_axis_counts_once() -> None:
     assert tensors(select(other, model, Lift())) == [("a.weight", 1)]
 
 
+def test_a_tensor_with_the_unit_on_both_axes_counts_on_both() -> None:
+    model = mlp(2, 2)
+    model[0].weight.data = torch.tensor([[1.0, 2.0], [4.0, 8.0]])
+    width = Atom("w", 2)
+    group = ChannelGroup("w", 2, "channel", (member("0.weight", 0, width, 2), member("0.weight", 1, width, 2, "in")))
+    assert score("magnitude", model, [group], normalize="none")["w"].tolist() == [3.0 + 5.0, 12.0 + 10.0]
+
+
 def test_a_group_may_name_a_tied_parameter_by_its_alias() -> None:
     model = nn.ModuleDict({"a": nn.Linear(2, 1, bias=False), "b": nn.Linear(2, 1, bias=False)})
     model["b"].weight = model["a"].weight
@@ -120,6 +128,14 @@ def test_tensors_are_combined_as_asked(how: str, expected: list[float]) -> None:
     width = Atom("a", 2)
     group = ChannelGroup("a", 2, "channel", (member("0.weight", 0, width, 2), member("2.weight", 1, width, 2, "in")))
     assert score("magnitude", model, [group], normalize="none", combine=how)["a"].tolist() == expected
+
+
+def test_signed_scores_are_not_divided_by_their_mean() -> None:
+    model = mlp(2, 3)
+    model[0].weight.data = WEIGHT
+    group = ChannelGroup("a", 3, "channel", (member("0.weight", 0, Atom("a", 3), 2),))
+    assert score(elementwise(lambda name, w: w, signed=True), model, [group])["a"].tolist() == [-2.0, 4.0, 8.0]
+    assert score(elementwise(lambda name, w: w), model, [group])["a"].tolist() == pytest.approx([-0.6, 1.2, 2.4])
 
 
 def test_weights_are_not_normalised_and_blocks_add_up() -> None:

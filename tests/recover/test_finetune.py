@@ -249,8 +249,11 @@ def test_a_teacher_alone_needs_no_labels_and_is_not_changed() -> None:
         return float((student(inputs).softmax(1) - guide).abs().mean().detach())
 
     start = distance()
+    recorded: list[bool] = []
+    teacher.register_forward_hook(lambda *_: recorded.append(torch.is_grad_enabled()))
     tune(student, [inputs], epochs=40, teacher=teacher, distillation=Distillation(temperature=2.0, alpha=1.0))
     assert distance() < 0.6 * start
+    assert set(recorded) == {False}
     assert equal(teacher, before)
     assert teacher.training
     with pytest.raises(DataError, match=r"the loss needs labels"):

@@ -85,7 +85,7 @@ def test_speedups() -> None:
     assert derived is not None
     assert (derived.median, derived.p10, derived.p90) == pytest.approx((2.0, 0.009 / 0.006, 0.012 / 0.004))
     assert speedup(report(after=replace(AFTER, latency=None))) is None
-    assert speedup(report(after=replace(AFTER, latency=LatencySummary(0, 0, 0)))) is None
+    assert speedup(report(after=replace(AFTER, latency=LatencySummary(1, 1, 1e-10)))) is None
 
 
 def test_sparsity_is_of_units_or_else_of_parameters() -> None:

@@ -31,7 +31,9 @@ def test_slimming_adds_the_sign_of_every_scale() -> None:
         added = 0.01 * torch.sign(parameter) if name in ("1.weight", "4.weight") else torch.zeros_like(parameter)
         torch.testing.assert_close(parameter.grad - before[name], added)
     assert model[4].weight.grad[0] == before["4.weight"][0]
-    assert float(penalty) == pytest.approx(0.01 * float(model[1].weight.abs().sum() + model[4].weight.abs().sum()))
+    assert float(penalty) == pytest.approx(
+        0.01 * float((model[1].weight.abs().sum() + model[4].weight.abs().sum()).detach())
+    )
 
 
 def test_slimming_is_the_gradient_of_its_value() -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "Allocation",
     "allocate",
     "allocation",
+    "allocations",
     "densities",
     "floor_counts",
     "get_allocation",
@@ -96,6 +97,11 @@ def get_allocation(name: str) -> Allocation:
     if name not in _ALLOCATIONS:
         raise unknown_name("allocation", name, _ALLOCATIONS)
     return _ALLOCATIONS[name]
+
+
+def allocations() -> tuple[Allocation, ...]:
+    """All registered allocations, by name."""
+    return tuple(_ALLOCATIONS[name] for name in sorted(_ALLOCATIONS))
 
 
 def allocate(

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..core.errors import OptionError
+
 __all__ = ["MultiheadAttention"]
 
 
@@ -16,6 +18,11 @@ class MultiheadAttention(nn.MultiheadAttention):
     same parameters under the same names and takes its sizes from them; `num_heads` is the one integer it needs. It is
     never constructed: an existing module changes class, so that weights, flags and hooks stay.
     """
+
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        """Transformer layers ask for this before they call a fused kernel that derives head sizes as PyTorch's does."""
+        return False
 
     def forward(
         self,
@@ -29,6 +36,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention output and, if `need_weights`, the attention weights; shapes as in the class that it replaces."""
+        if is_causal and attn_mask is None:
+            raise OptionError("is_causal is only a hint about attn_mask: give the mask as well.")
         batched = query.dim() == 3
         if not batched:
             query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
@@ -48,7 +57,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             weights = (scores if mask is None else scores + mask).softmax(-1)
             out = F.dropout(weights, dropout) @ v
         else:
-            out = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+            # As PyTorch does: the hint replaces the mask, also over the keys that the module itself adds.
+            hinted = is_causal and key_padding_mask is None
+            out = F.scaled_dot_product_attention(q, k, v, None if hinted else mask, dropout, hinted)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         if not batched:
             out = out.squeeze(0)
@@ -83,7 +94,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 mask = mask.unflatten(0, (q.shape[0], -1))
             mask = F.pad(mask, (0, k.shape[2] - mask.shape[-1]))
         if padding is not None:
-            padded = self._additive(padding, q)[:, None, None, :]
+            padded = self._additive(padding, q).view(q.shape[0], 1, 1, -1)
             padded = F.pad(padded, (0, k.shape[2] - padded.shape[-1]))
             mask = padded if mask is None else mask + padded
         return mask

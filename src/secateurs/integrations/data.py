@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,8 +24,8 @@ __all__ = ["Split", "load_data"]
 Split = Literal["train", "test"]
 
 _WHAT = (
-    "DATA is a folder with one folder of pictures a class, an .npz file, a .txt file, the name of a Hugging Face data set "
-    "or module:loader"
+    "DATA is a folder with one folder of pictures a class, an .npz file, a .txt file, the name of a Hugging Face data "
+    "set or module:loader"
 )
 # In a file of several parts the names begin or end with the part; in a file of one they stand alone.
 _INPUTS, _TARGETS = ("x", "images", "inputs"), ("y", "labels", "targets")
@@ -90,9 +91,7 @@ def _file(
 
 def _readable(text: TextFormat | None, spec: str) -> TextFormat:
     if text is None:
-        raise OptionError(
-            f"{spec} is text, and the model has no tokenizer that is known; give batches as module:loader."
-        )
+        raise OptionError(f"{spec} is text, and no tokenizer of the model is known; give batches as module:loader.")
     return text
 
 
@@ -138,9 +137,9 @@ def _inputs(x: numpy.ndarray[Any, Any], images: ImageFormat | None) -> Tensor:
 def _targets(y: numpy.ndarray[Any, Any]) -> Tensor:
     """Targets int64 or float32; classes in a column of their own count as a list."""
     targets = _numbers(y)
-    return (
-        targets[:, 0] if targets.dim() == 2 and targets.shape[1] == 1 and not targets.is_floating_point() else targets
-    )
+
+    column = targets.dim() == 2 and targets.shape[1] == 1 and not targets.is_floating_point()
+    return targets[:, 0] if column else targets
 
 
 def _numbers(values: numpy.ndarray[Any, Any]) -> Tensor:
@@ -170,17 +169,16 @@ def _loader(spec: str) -> Loader:
 
 def _hub(spec: str, split: Split, images: ImageFormat | None, text: TextFormat | None, size: int, seed: int) -> Batches:
     try:
-        import datasets
+        datasets = importlib.import_module("datasets")
     except ImportError as error:
         raise MissingExtraError("datasets", "language") from error
     name, _, configuration = spec.partition("@")
     try:
         parts = datasets.load_dataset(name, configuration or None)
     except Exception as error:
+        # Many libraries meet here; each of their errors means that the data is not to be had.
         why = " ".join(str(error).split()).rstrip(".")[:200]
-        raise DataError(
-            f"there is no file or folder {spec!r}, and no Hugging Face data set of that name: {why}."
-        ) from error
+        raise DataError(f"there is neither a file {spec!r} nor a Hugging Face data set of that name: {why}.") from error
     part = next((p for p in _PARTS[split] if p in parts), None)
     if part is None:
         raise DataError(f"the data set {spec} has no part for {split}ing; its parts are {', '.join(parts)}.")
@@ -208,6 +206,6 @@ def _columns(
             return sentence_batches(list(rows[words]), list(rows[label]), wanted, size, seed)
         return block_batches("\n\n".join(rows[words]), spec, wanted, size, seed)
     raise DataError(
-        f"the data set {spec} has the columns {', '.join(columns)}; known are image and label, or text; give batches as "
-        "module:loader."
+        f"the data set {spec} has the columns {', '.join(columns)}; known are image and label, or text; give batches "
+        "as module:loader."
     )

@@ -36,12 +36,9 @@ def named(spec: str) -> Any:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise OptionError(
-                f"{spec} cannot be used: {module} imports {error.name}, which is not installed."
-            ) from error
+            raise OptionError(f"{spec}: {module} imports {error.name}, which is not installed.") from error
         raise OptionError(
-            f"there is no module {error.name!r} in the current folder or among the installed packages, so {spec} cannot "
-            "be used."
+            f"{spec}: there is no module {error.name!r} in the current folder or among the installed packages."
         ) from error
     try:
         return reduce(getattr, name.split("."), found)

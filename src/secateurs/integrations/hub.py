@@ -19,7 +19,7 @@ __all__ = ["images_of", "inputs_of", "model_of", "text_of"]
 _SOUND = 16_000
 
 
-def model_of(spec: str, random_weights: bool, trust_remote_code: bool) -> nn.Module:
+def model_of(spec: str, random_weights: bool, trust_remote_code: bool) -> Any:
     """The model of the class that its config names, with its weights or with random ones.
 
     Raises:
@@ -59,7 +59,7 @@ def _processor(spec: str) -> dict[str, Any]:
     """The content of preprocessor_config.json; empty where the model has none."""
     path = Path(spec) / "preprocessor_config.json"
     if not Path(spec).is_dir():
-        from transformers.utils import cached_file
+        from transformers.utils.hub import cached_file
 
         found = cached_file(
             spec,
@@ -97,13 +97,18 @@ def inputs_of(model: nn.Module, batch: int, images: Tensor | None) -> dict[str, 
     config = model.config
     length = _length(config)
     ids = None if length is None else torch.randint(0, _vocabulary(config), (batch, length))
-    known = {"input_ids": ids, "pixel_values": images, "input_values": torch.randn(batch, _SOUND)}
+    known: dict[str, Tensor | None] = {
+        "input_ids": ids,
+        "pixel_values": images,
+        "input_values": torch.randn(batch, _SOUND),
+    }
     bands = getattr(config, "num_mel_bins", None)
     if bands is not None:
         known["input_features"] = torch.randn(batch, bands, 2 * getattr(config, "max_source_positions", 1500))
-    if known.get(main) is None:
+    chosen = known.get(main)
+    if chosen is None:
         return None
-    inputs = {main: known[main]}
+    inputs = {main: chosen}
     if getattr(config, "is_encoder_decoder", False) and ids is not None:
         inputs["decoder_input_ids"] = ids[:, : min(ids.shape[1], 8)]
     return inputs

@@ -19,8 +19,8 @@ from .functions import is_function, named
 __all__ = ["ImageFormat", "LoadedModel", "TextFormat", "load_model_from", "random_images"]
 
 _WHAT = (
-    "a MODEL is timm/NAME, torchvision/NAME, the name or folder of a Hugging Face model, a folder that secateurs saved, "
-    "or module:factory"
+    "a MODEL is timm/NAME, torchvision/NAME, the name or folder of a Hugging Face model, a folder that secateurs "
+    "saved, or module:factory"
 )
 
 
@@ -89,6 +89,19 @@ class LoadedModel:
             inputs = {name: value for name, value in inputs.items() if name != "labels"}
         return replace(self, example_inputs=_first(inputs, samples))
 
+    def runnable(self) -> LoadedModel:
+        """The same, if there is something to run it on.
+
+        Raises:
+            OptionError: nobody said what its inputs look like.
+        """
+        if self.example_inputs is None:
+            raise OptionError(
+                f"the inputs of {self.name} are unknown: give --input, as 1,3,224,224, or data, or return (model, "
+                "example inputs) from the factory."
+            )
+        return self
+
     def to(self, device: str) -> LoadedModel:
         """The same on another device.
 
@@ -154,9 +167,7 @@ def _local(spec: str, trust: Sequence[str]) -> LoadedModel | None:
     """A model on this machine; None for the name of a model on a hub, or a folder of transformers."""
     place = Path(spec)
     if spec.endswith(".onnx"):
-        raise OptionError(
-            f"{spec}: this release does not read ONNX files yet; give the PyTorch model as module:factory."
-        )
+        raise OptionError(f"{spec}: ONNX files are not read yet; give the PyTorch model, as module:factory.")
     if (place / "model.json").is_file():
         saved = load(spec, trust=trust)
         return LoadedModel(saved.model, saved.report.model, saved.plan.example_inputs, fixed=True)
@@ -195,13 +206,14 @@ def _factory(spec: str) -> LoadedModel:
 def _timm(name: str, random_weights: bool) -> LoadedModel:
     try:
         import timm
-        from timm.data import resolve_model_data_config
+        from timm.data.config import resolve_model_data_config
     except ImportError as error:
         raise MissingExtraError("timm", "vision") from error
     if not timm.is_model(name):
         raise unknown_name("timm model", name, timm.list_models())
     model = _fetched(f"timm/{name}", lambda: timm.create_model(name, pretrained=not random_weights))
-    known = resolve_model_data_config(model)
+    known: dict[str, Any] = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
+
     channels, height, width = known["input_size"]
     images = ImageFormat(
         (height, width),
@@ -288,5 +300,5 @@ def _first(inputs: Any, samples: int) -> Any:
 
 def _line(error: BaseException) -> str:
     """The first sentence of a message of another library, which may go on for a page."""
-    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    text = " ".join(str(error).split()).partition(". ")[0].rstrip(".") or type(error).__name__
     return text if len(text) <= 200 else f"{text[:200]} …"

@@ -84,7 +84,7 @@ def decode(kind: type[T], node: Any, place: str) -> T:
     """
     if not isinstance(node, Mapping):
         raise FileError(f"{place} should be a JSON object, not {type(node).__name__}")
-    hints = _hints(kind)
+    hints = _hints(kind)  # type: ignore[arg-type]  # mypy does not take type[T] for hashable
     known = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for name in node:
         if name not in known:

@@ -66,7 +66,7 @@ class Speedup:
         p10, p90: 10th and 90th percentile.
 
     Raises:
-        OptionError: a figure is not positive.
+        OptionError: a figure is not positive and finite.
     """
 
     median: float
@@ -76,8 +76,8 @@ class Speedup:
     def __post_init__(self) -> None:
         settle(self)
         for figure in (self.median, self.p10, self.p90):
-            if not figure > 0:
-                raise OptionError(f"a speed-up is how many times faster, so more than 0; got {figure}.")
+            if not 0 < figure < math.inf:
+                raise OptionError(f"a speed-up is how many times faster, so finite and more than 0; got {figure}.")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -28,6 +29,8 @@ __all__ = [
 _Item = TypeVar("_Item")
 # What an item is sorted by: the first number, among equals the second.
 _Loss = tuple[float, float]
+# Less than a nanosecond was not measured.
+SHORTEST = 1e-9
 # A limit that was met exactly may miss by rounding; a speed-up is read to two decimals.
 _SLACK, _SPEED_SLACK = 1e-6, 5e-3
 
@@ -65,7 +68,8 @@ def speedup(report: Report) -> Speedup | None:
     before, after = report.before.latency, report.after.latency
     if report.speedup is not None or before is None or after is None:
         return report.speedup
-    if not min(before.median, before.p10, before.p90, after.median, after.p10, after.p90) > 0:
+    times = (before.median, before.p10, before.p90, after.median, after.p10, after.p90)
+    if not all(SHORTEST <= seconds < math.inf for seconds in times):
         return None
     return Speedup(before.median / after.median, before.p10 / after.p90, before.p90 / after.p10)
 

@@ -1,4 +1,4 @@
-"""Rethinking the value of pruning: is it worth it here? The pruned architecture, fine-tuned against trained from scratch.
+"""Rethinking the value of pruning: is it worth it here? The pruned architecture, fine-tuned or from scratch.
 
 Liu, Sun, Zhou, Huang and Darrell, "Rethinking the Value of Network Pruning", ICLR 2019, arXiv 1810.05270. Unit:
 whatever is pruned; the L1 norm of whole filters by default (Li et al. 2017). When: after training, against no pruning
@@ -18,22 +18,24 @@ finding on exactly that rate, so a second, larger one is tried and both are show
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor, nn
 
+from ...core.batch import take
 from ...core.budget import Budget
 from ...core.catalogue import Method, method
-from ...core.errors import OptionError
 from ...measure.macs import macs
 from ...measure.quality import evaluate
 from ...planning import plan
 from ...recover.finetune import Data, fine_tune
 from ...recover.rewinding import rewind, snapshot
 from ...recover.scratch import reinitialize, scratch_epochs
+from ..parameters import Between, Several, check
 
 __all__ = ["METHOD", "Arm", "Protocol", "Verdict", "rethinking_value"]
 
@@ -52,17 +54,16 @@ class Protocol:
         seeds: one run of every arm for each.
     """
 
-    epochs: int = 160
-    lr: float = 0.1
-    weight_decay: float = 1e-4
-    tune_epochs: int = 40
-    tune_rates: tuple[float, ...] = (0.001, 0.01)
-    cap: float = 4.0
-    seeds: tuple[int, ...] = (0, 1, 2)
+    epochs: Annotated[int, Between(1, whole=True)] = 160
+    lr: Annotated[float, Between(0, closed="neither")] = 0.1
+    weight_decay: Annotated[float, Between(0)] = 1e-4
+    tune_epochs: Annotated[int, Between(1, whole=True)] = 40
+    tune_rates: Annotated[tuple[float, ...], Several(Between(0, closed="neither"))] = (0.001, 0.01)
+    cap: Annotated[float, Between(1)] = 4.0
+    seeds: Annotated[tuple[int, ...], Several(Between(0, whole=True))] = (0, 1, 2)
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.tune_epochs < 1 or not self.seeds or self.cap < 1:
-            raise OptionError("epochs, tune_epochs and cap must be at least 1, and one seed is needed.")
+        check(self)
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,10 @@ class Verdict:
         """Whether the best fine-tuning beats the best training from scratch by more than their joint deviation."""
         tuned = max((a for a in self.arms if a.name.startswith("fine-tune")), key=lambda a: a.mean)
         fresh = max((a for a in self.arms if a.name.startswith("scratch")), key=lambda a: a.mean)
-        return tuned.mean - fresh.mean > (tuned.std**2 + fresh.std**2) ** 0.5
+        return tuned.mean - fresh.mean > math.hypot(tuned.std, fresh.std)
 
     def __str__(self) -> str:
-        advice = "inherited weights pay" if self.worth_it else "training the small architecture from scratch does as well"
+        advice = "inherited weights pay" if self.worth_it else "training the small network from scratch does as well"
         return "\n".join([*map(str, self.arms), f"verdict: {advice}"])
 
 
@@ -113,7 +114,7 @@ def rethinking_value(
     budget: str | Budget,
     *,
     data: Data,
-    test: Sequence[Any],
+    test: Iterable[Any],
     options: Protocol | None = None,
     on_arm: Callable[[Arm], None] | None = None,
     **pruning: Any,
@@ -131,13 +132,17 @@ def rethinking_value(
         pruning: arguments of `plan`; default: L1 norm of whole filters at equal sparsity in every layer.
 
     Raises:
+        BudgetError: the budget cannot be met; before any training.
+        DataError: there are no test batches, or no training batches.
         OptionError: the pruned network costs more than the dense one.
     """
-    how = options or Protocol()
+    how, tests = options or Protocol(), take(test, what="test data")
     chosen = {"criterion": "magnitude", "allocation": "uniform", "criterion_options": {"members": "out"}, **pruning}
+    # A budget that cannot be met is refused now and not after the dense training.
+    plan(build(how.seeds[0]), example_inputs, budget, **chosen)
     results: dict[str, list[float]] = {}
     for seed in how.seeds:
-        for name, accuracy in _one_seed(build, example_inputs, budget, data, test, how, seed, chosen):
+        for name, accuracy in _one_seed(build, example_inputs, budget, data, tests, how, seed, chosen):
             results.setdefault(name, []).append(accuracy)
     arms = tuple(Arm(name, tuple(values)) for name, values in results.items())
     for arm in arms:
@@ -164,12 +169,12 @@ def _one_seed(
     for rate in how.tune_rates:
         tuned = _train(pruned(), data, how, how.tune_epochs, rate, seed, "constant", masks)
         found.append((f"fine-tune at {rate:g}", _accuracy(tuned, test)))
-    for name in ("E", "B"):
-        schedule = scratch_epochs(how.epochs, *costs, name)  # type: ignore[arg-type]
-        epochs = min(schedule.epochs, int(how.cap * how.epochs))
+    for name, length in (("E", how.epochs), ("B", scratch_epochs(how.epochs, *costs).epochs)):
+        epochs = min(length, int(how.cap * how.epochs))
         fresh = pruned()
         reinitialize(fresh, masks, seed=seed)
-        found.append((f"scratch-{name}", _accuracy(_train(fresh, data, how, epochs, how.lr, seed, "step", masks), test)))
+        trained = _train(fresh, data, how, epochs, how.lr, seed, "step", masks)
+        found.append((f"scratch-{name}", _accuracy(trained, test)))
     if masks:
         ticket = pruned()
         rewind(ticket, initial, masks)
@@ -181,7 +186,9 @@ def _train(
     model: nn.Module, data: Data, how: Protocol, epochs: int, lr: float, seed: int, schedule: str,
     masks: dict[str, Tensor] | None = None,
 ) -> nn.Module:  # fmt: skip
-    fine_tune(model, data, epochs=epochs, lr=lr, weight_decay=how.weight_decay, schedule=schedule, masks=masks, seed=seed)
+    fine_tune(
+        model, data, epochs=epochs, lr=lr, weight_decay=how.weight_decay, schedule=schedule, masks=masks, seed=seed
+    )
     return model
 
 

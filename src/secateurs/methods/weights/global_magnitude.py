@@ -17,15 +17,15 @@ The code keeps the threshold itself and so prunes one weight fewer; here exactly
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from torch import nn
 
 from ...core.budget import Budget
 from ...core.catalogue import Method, method
-from ...core.errors import OptionError
 from ...pruning import Pruned, prune
 from ...train.scope import prunable_weights
+from ..parameters import Between, check
 
 __all__ = ["METHOD", "Global", "global_magnitude"]
 
@@ -38,11 +38,10 @@ class Global:
         minimum: fewest weights that stay in a layer, in per cent of ALL weights (0.05, the code); 0 for none.
     """
 
-    minimum: float = 0.05
+    minimum: Annotated[float, Between(0, 100)] = 0.05
 
     def __post_init__(self) -> None:
-        if not 0 <= self.minimum < 100:
-            raise OptionError(f"minimum is a percentage in [0, 100), got {self.minimum}.")
+        check(self)
 
 
 def global_magnitude(
@@ -61,7 +60,7 @@ def global_magnitude(
     how = options or Global()
     total = sum(w.numel() for w in prunable_weights(model, common.get("scope"), common.get("ignore", ())).values())
     floor = int(total * how.minimum / 100)
-    chosen = {"granularity": "weight", "criterion": "magnitude", "allocation": "global", "floor": floor}
+    chosen: dict[str, Any] = {"granularity": "weight", "criterion": "magnitude", "allocation": "global", "floor": floor}
     return prune(model, example_inputs, budget, **chosen, **common)
 
 

@@ -18,16 +18,19 @@ blocks, first- and second-order scores. All are options of `train.GradualMagnitu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, get_args
 
 from torch import nn
 
+from ...core.allocate import get_allocation
 from ...core.budget import Budget
 from ...core.catalogue import Method, method
 from ...core.errors import BudgetError, OptionError
 from ...pruning import FineTune, Pruned, prune_in_training
 from ...train.magnitude import GradualMagnitude
+from ...train.masking import Revive
+from ..parameters import Between, OneOf, Registered, check
 
 __all__ = ["METHOD", "Gradual", "gradual_magnitude"]
 
@@ -45,19 +48,18 @@ class Gradual:
         revive: fate of a masked weight: "never", "value" or "one-step".
     """
 
-    begin: float = 0.1
-    end: float = 0.7
-    updates: int = 20
-    initial: float = 0.0
-    exponent: float = 3.0
-    allocation: str = "uniform"
-    revive: str = "never"
+    begin: Annotated[float, Between(0, 1)] = 0.1
+    end: Annotated[float, Between(0, 1, closed="high")] = 0.7
+    updates: Annotated[int, Between(1, whole=True)] = 20
+    initial: Annotated[float, Between(0, 1)] = 0.0
+    exponent: Annotated[float, Between(0, closed="neither")] = 3.0
+    allocation: Annotated[str, Registered(get_allocation)] = "uniform"
+    revive: Annotated[Revive, OneOf(get_args(Revive))] = "never"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.begin < self.end <= 1 or self.updates < 1:
-            raise OptionError(
-                f"0 <= begin < end <= 1 and updates >= 1 are needed, got {self.begin}, {self.end} and {self.updates}."
-            )
+        check(self)
+        if self.begin >= self.end:
+            raise OptionError(f"Gradual: begin must come before end, got {self.begin} and {self.end}.")
 
 
 def gradual_magnitude(
@@ -90,7 +92,10 @@ def gradual_magnitude(
             revive=how.revive, **chosen,
         )  # fmt: skip
 
-    return prune_in_training(model, example_inputs, budget, pruner, recover=recover, allocation=how.allocation, **common)
+    return prune_in_training(
+        model, example_inputs, budget, pruner, recover=recover, allocation=how.allocation, settings=asdict(how),
+        **common,
+    )  # fmt: skip
 
 
 METHOD = method(

@@ -15,7 +15,7 @@ sparsity is only met on average and a small layer can come out empty; here count
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from torch import nn
 
@@ -24,6 +24,7 @@ from ...core.budget import Budget
 from ...core.catalogue import Method, method
 from ...core.errors import OptionError
 from ...pruning import Pruned, prune
+from ..parameters import Registered, check
 
 __all__ = ["METHOD", "Random", "random_pruning"]
 
@@ -36,9 +37,10 @@ class Random:
         rule: of the layers' densities: "erk", "er", "erk+", "uniform" or "uniform+".
     """
 
-    rule: str = "erk"
+    rule: Annotated[str, Registered(get_allocation)] = "erk"
 
     def __post_init__(self) -> None:
+        check(self)
         if get_allocation(self.rule).needs_scores:
             raise OptionError(f"random pruning ranks nothing, so rule {self.rule!r} has no scores to divide by.")
 
@@ -57,7 +59,7 @@ def random_pruning(
         BudgetError: the rule holds some layers at more weights than the budget allows.
     """
     how = options or Random()
-    chosen = {"granularity": "weight", "criterion": "random", "allocation": how.rule}
+    chosen: dict[str, Any] = {"granularity": "weight", "criterion": "random", "allocation": how.rule}
     return prune(model, example_inputs, budget, **chosen, **common)
 
 

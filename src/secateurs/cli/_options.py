@@ -1,0 +1,117 @@
+"""Options that several commands take, and how the texts of some are read."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+MODEL = (
+    "timm/NAME, torchvision/NAME, the name or folder of a Hugging Face model, a folder that secateurs saved, or "
+    "module:factory (a function of yours that returns a model, or a model and example inputs; its code runs)."
+)
+
+
+def _shape(text: str | None) -> str | None:
+    """The text, if it is a shape; else the command is misused."""
+    if text is not None and not all(part.strip().isdecimal() and int(part) for part in text.split(",")):
+        raise typer.BadParameter(f"{text!r} is no shape; give sizes with commas between, as 1,3,224,224.")
+    return text
+
+
+def shape_of(text: str | None) -> tuple[int, ...] | None:
+    """The shape that `--input` gives."""
+    return None if text is None else tuple(int(part) for part in text.split(","))
+
+
+def _floor(text: str | None) -> str | None:
+    try:
+        floor_of(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a count, as 8, nor a share, as 10%.") from None
+    return text
+
+
+def floor_of(text: str | None) -> int | float | None:
+    """The count or the share that `--floor` gives.
+
+    >>> floor_of("8"), floor_of("10%"), floor_of("0.1")
+    (8, 0.1, 0.1)
+    """
+    if text is None:
+        return None
+    if text.endswith("%"):
+        return float(text[:-1]) / 100
+    return int(text) if text.isdecimal() else float(text)
+
+
+def _settings(texts: list[str] | None) -> list[str] | None:
+    for text in texts or ():
+        if "=" not in text:
+            raise typer.BadParameter(f"{text!r} must read NAME=VALUE.")
+    return texts
+
+
+def settings_of(texts: list[str] | None) -> dict[str, Any]:
+    """The values that `--set NAME=VALUE` gives: numbers, true, false, null and lists as in JSON, else text."""
+    import json
+
+    found: dict[str, Any] = {}
+    for text in texts or ():
+        name, _, value = text.partition("=")
+        try:
+            found[name.strip().replace("-", "_")] = json.loads(value)
+        except ValueError:
+            found[name.strip().replace("-", "_")] = value
+    return found
+
+
+Model = Annotated[str, typer.Argument(help=MODEL, show_default=False)]
+Input = Annotated[
+    str | None,
+    typer.Option("--input", metavar="1,3,224,224", callback=_shape, help="Shape of the example input, with the batch."),
+]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Samples in the example input, where its shape is known.")]
+RandomWeights = Annotated[bool, typer.Option("--random-weights", help="Do not load pretrained weights.")]
+Trust = Annotated[
+    list[str] | None,
+    typer.Option("--trust", metavar="PACKAGE", help="A package whose classes a saved model may use; repeatable."),
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the Python code that a Hugging Face model brings.")
+]
+Device = Annotated[str, typer.Option("--device", help="Where the model runs, as cpu or cuda:0.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="CPU threads within an operation.", show_default="all")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of everything random.")]
+Granularity = Annotated[
+    str | None,
+    typer.Option(
+        "--granularity",
+        help="channel (widths and heads, cut out), head, head-size, weight or block:4x1 (zeros).",
+        show_default="channel; weight for N:M",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the result.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
+Floor = Annotated[
+    str | None,
+    typer.Option(
+        "--floor",
+        metavar="COUNT|SHARE",
+        callback=_floor,
+        help="Fewest units that stay in a group, as 8 or 10%.",
+        show_default="10% of channels, 1 weight",
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        callback=_settings,
+        help="An option of the method or, without one, of the criterion; repeatable.",
+    ),
+]

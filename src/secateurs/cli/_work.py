@@ -1,0 +1,82 @@
+"""The work folder beside a result: what a killed run needs to go on, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import FileError, OptionError
+from ..deploy.folder import replace_file
+
+_SETTINGS = "command.json"
+
+
+def checked_out(out: Path, model: str) -> Path:
+    """`out`, if a result may be put there; found out before the work and not after it.
+
+    Raises:
+        FileError: it is a file, holds something else than a saved model, or is the model that is to be pruned.
+    """
+    if out.exists() and not out.is_dir():
+        raise FileError(f"--out {out} is a file; choose a folder.")
+    if Path(model).exists() and out.resolve() == Path(model).resolve():
+        raise FileError(f"--out {out} is the model itself, which is never changed; choose another folder.")
+    if out.is_dir() and any(out.iterdir()) and not (out / "model.json").is_file():
+        raise FileError(f"--out {out} holds something else than a saved model; choose a new folder.")
+    return out
+
+
+def opened(out: Path, settings: Mapping[str, Any], resume: bool) -> Path:
+    """The work folder of `out`: a new one, or that of the same run where it is to be resumed.
+
+    Args:
+        out: the folder of the result.
+        settings: everything that the result depends on, as JSON values.
+        resume: go on with what is there.
+
+    Raises:
+        FileError: there is one and it is not to be resumed, or it cannot be read.
+        OptionError: it belongs to a run with other settings; they are named.
+    """
+    work = out.with_name(f"{out.name}.work")
+    if not work.exists():
+        _write(work / _SETTINGS, settings)
+        return work
+    if not resume:
+        raise FileError(f"{work} holds an unfinished run: go on with it by --resume, or delete it to start again.")
+    before = _read(work / _SETTINGS)
+    now = json.loads(json.dumps(settings))
+    different = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if different:
+        told = ", ".join(f"{name} is {before.get(name)!r} there and {now.get(name)!r} here" for name in different)
+        raise OptionError(f"{work} holds a run with other settings: {told}; use those, or delete it to start again.")
+    return work
+
+
+def close(work: Path) -> None:
+    """None; removes the work folder."""
+    shutil.rmtree(work)
+
+
+def close_if_unused(work: Path) -> None:
+    """None; removes the work folder of a run that failed before it had anything worth keeping."""
+    if [path.name for path in work.iterdir()] == [_SETTINGS]:
+        close(work)
+
+
+def _write(path: Path, settings: Mapping[str, Any]) -> None:
+    def put(fresh: Path) -> None:
+        fresh.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+    replace_file(path, put)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FileError(f"{path} cannot be read ({error}); delete {path.parent} to start again.") from error
+    return settings

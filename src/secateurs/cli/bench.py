@@ -1,0 +1,127 @@
+"""`secateurs bench`: models side by side."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ._options import (
+    MODEL,
+    Batch,
+    Debug,
+    Device,
+    Input,
+    Json,
+    Quiet,
+    RandomWeights,
+    Seed,
+    Threads,
+    Trust,
+    TrustRemoteCode,
+    shape_of,
+)
+from ._session import session, table
+
+if TYPE_CHECKING:
+    from ..integrations import LoadedModel
+    from ..measure.latency import Latency
+
+__all__ = ["bench"]
+
+
+def bench(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL…", help=MODEL, show_default=False)],
+    shape: Input = None,
+    batch: Batch = 1,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.01, help="Time to spend on each model.")] = 2.0,
+    random_weights: RandomWeights = False,
+    trust: Trust = None,
+    trust_remote_code: TrustRemoteCode = False,
+    device: Device = "cpu",
+    threads: Threads = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Time models in turn in one run, and compare them with the first.
+
+    Every round runs each model once, so that what disturbs the machine disturbs all of them.
+    """
+    with session(as_json=as_json, debug=debug, quiet=quiet, threads=threads) as talk:
+        from ..integrations import load_model_from
+        from ..measure.latency import compare
+
+        opened = {
+            name: load_model_from(
+                spec,
+                random_weights=random_weights,
+                batch=batch,
+                shape=shape_of(shape),
+                seed=seed,
+                trust=trust or (),
+                trust_remote_code=trust_remote_code,
+            )
+            .runnable()
+            .to(device)
+            for name, spec in zip(_names(models), models, strict=True)
+        }
+        talk.say(f"timing {len(opened)} model{'s' * (len(opened) > 1)} in turn")
+        timings = compare(
+            {name: source.model for name, source in opened.items()},
+            {name: source.example_inputs for name, source in opened.items()},
+            seconds=seconds,
+        )
+        if len({timing.batch for timing in timings.values()}) > 1:
+            talk.say("note: the models are given batches of different sizes; --input makes them equal.")
+        records = [_record(name, source, timings[name]) for name, source in opened.items()]
+        talk.result(records, _table(records))
+
+
+def _names(specs: list[str]) -> list[str]:
+    """The models as given; one that is given again has its number behind it."""
+    return [
+        spec if spec not in specs[:place] else f"{spec} ({specs[: place + 1].count(spec)})"
+        for place, spec in enumerate(specs)
+    ]
+
+
+def _record(name: str, source: LoadedModel, timing: Latency) -> dict[str, Any]:
+    from ..measure.macs import macs
+    from ..measure.params import bytes_in_memory, nonzeros, parameters
+
+    speedup = timing.speedup
+    return {
+        "model": name,
+        "params": parameters(source.model),
+        "nonzero": nonzeros(source.model),
+        "macs": macs(source.model, source.example_inputs),
+        "bytes": bytes_in_memory(source.model),
+        "latency": {"median": timing.median, "p10": timing.p10, "p90": timing.p90},
+        "speedup": None if speedup is None else {"median": speedup.median, "p10": speedup.p10, "p90": speedup.p90},
+        "batch": timing.batch,
+        "device": timing.device,
+        "threads": timing.threads,
+        "repeats": timing.repeats,
+    }
+
+
+def _table(records: list[dict[str, Any]]) -> Any:
+    from ..report.words import count, duration
+
+    def row(record: dict[str, Any]) -> list[str]:
+        time, speed = record["latency"], record["speedup"]
+        return [
+            record["model"],
+            count(record["params"]),
+            count(record["macs"]),
+            duration(time["median"]),
+            f"{duration(time['p10'])} – {duration(time['p90'])}",
+            f"{speed['median']:.2f}× ({speed['p10']:.2f} – {speed['p90']:.2f})",
+        ]
+
+    first = records[0]
+    title = f"batch {first['batch']}, {first['device']}, {first['threads']} threads, {first['repeats']} rounds"
+    columns = ("model", "params>", "MACs>", "median>", "10 – 90 %>", "speed against the first>")
+    return table(columns, [row(record) for record in records], title)

@@ -1,0 +1,355 @@
+"""`secateurs prune`: a model and a budget in, a smaller model and its report out."""
+
+from __future__ import annotations
+
+import shlex
+import typing
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ._options import (
+    Batch,
+    Debug,
+    Device,
+    Floor,
+    Granularity,
+    Input,
+    Json,
+    Model,
+    Quiet,
+    RandomWeights,
+    Seed,
+    Settings,
+    Threads,
+    Trust,
+    TrustRemoteCode,
+    floor_of,
+    settings_of,
+    shape_of,
+)
+from ._session import Session, Stages, session
+
+if TYPE_CHECKING:
+    from ..core.plan import Recipe
+    from ..integrations import Batches, LoadedModel, Loader
+    from ..pruning import FineTune, Pruned
+
+__all__ = ["prune"]
+
+_DATA = (
+    "a folder with one folder of pictures a class, an .npz file with arrays x and y, a .txt file, the name of a "
+    "Hugging Face data set, or module:loader"
+)
+# What the result does not depend on.
+_BESIDE = ("out", "export", "resume", "as_json", "quiet", "debug")
+# A layer of fewer units takes about the same time at half its width.
+_NARROW = 32
+
+
+class Export(str, Enum):
+    """What else to write."""
+
+    onnx = "onnx"
+    program = "program"
+
+
+def prune(
+    context: typer.Context,
+    model: Model,
+    budget: Annotated[
+        str,
+        typer.Option(
+            "--budget",
+            help='What may be left, as "macs<=50%", "latency<=3ms", "sparsity=90%" or "2:4".',
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for the result; a saved model there is replaced.", show_default=False)
+    ],
+    data: Annotated[str | None, typer.Option("--data", help=f"For scoring, statistics and recovery: {_DATA}.")] = None,
+    train_data: Annotated[
+        str | None, typer.Option("--train-data", help="For recovery.", show_default="all of --data")
+    ] = None,
+    test_data: Annotated[
+        str | None, typer.Option("--test-data", "--test", help="For measuring quality; nothing is chosen by it.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Samples a batch of data.")] = 32,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Batches of --data for scoring and statistics.")] = 32,
+    method: Annotated[
+        str | None, typer.Option("--method", help="A published system that decides; see `secateurs methods`.")
+    ] = None,
+    criterion: Annotated[
+        str | None,
+        typer.Option(
+            "--criterion", help="How units are scored; see `secateurs methods --criteria`.", show_default="magnitude"
+        ),
+    ] = None,
+    allocation: Annotated[
+        str | None, typer.Option("--allocation", help="How much goes from where.", show_default="global")
+    ] = None,
+    granularity: Granularity = None,
+    scope: Annotated[
+        list[str] | None, typer.Option("--scope", help="Layers to prune, by name or pattern; repeatable.")
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option("--ignore", help="Layers to leave alone, by name or pattern; repeatable.")
+    ] = None,
+    floor: Floor = None,
+    round_to: Annotated[
+        int | None, typer.Option("--round-to", min=1, help="Kept widths are multiples of it.", show_default="1")
+    ] = None,
+    settings: Settings = None,
+    recover_epochs: Annotated[
+        int, typer.Option("--recover-epochs", min=0, help="Passes of fine-tuning after the cut.")
+    ] = 0,
+    lr: Annotated[float, typer.Option("--lr", help="Learning rate of the fine-tuning.")] = 0.01,
+    optimizer: Annotated[str, typer.Option("--optimizer", help="sgd, adam or adamw.")] = "sgd",
+    distill: Annotated[bool, typer.Option("--distill", help="The unpruned model teaches the pruned one.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
+    export: Annotated[
+        list[Export] | None, typer.Option("--export", help="Also write OUT.onnx or OUT.pt2; repeatable.")
+    ] = None,
+    shape: Input = None,
+    batch: Batch = 1,
+    random_weights: RandomWeights = False,
+    trust: Trust = None,
+    trust_remote_code: TrustRemoteCode = False,
+    device: Device = "cpu",
+    threads: Threads = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Prune a model to a budget; save the result, its plan and its report.
+
+    The model itself is never changed. A run that is killed goes on with --resume to the same result.
+    """
+    with session(as_json=as_json, debug=debug, quiet=quiet, threads=threads) as talk:
+        from .. import pruning
+        from ..integrations import load_model_from
+        from . import _work
+
+        given = context.params
+        options = _plan_options(given)
+        recipe = _checked(budget, options, method, data, train_data, recover_epochs)
+        place = _work.checked_out(out, model)
+        source = load_model_from(
+            model,
+            random_weights=random_weights,
+            batch=batch,
+            shape=shape_of(shape),
+            seed=seed,
+            trust=trust or (),
+            trust_remote_code=trust_remote_code,
+        )
+        known, tests = _opened(source, data, "train", given), _opened(source, test_data, "test", given)
+        source = _with_examples(source, known or tests, batch).to(device)
+        for note in _announcements(recipe, method, source, test_data):
+            talk.say(f"note: {note}")
+        work = _work.opened(place, {k: v for k, v in given.items() if k not in _BESIDE}, resume)
+        try:
+            with Stages(talk) as stages:
+                made = pruning.prune(
+                    source.model,
+                    source.example_inputs,
+                    budget,
+                    method=method,
+                    data=None if known is None else known.sample(limit),
+                    test=tests,
+                    recover=_recovery(given, _opened(source, train_data, "train", given) or known),
+                    checkpoint=work,
+                    on_stage=stages.begin,
+                    on_step=stages.step,
+                    name=source.name,
+                    **options,
+                )
+        except Exception:
+            _work.close_if_unused(work)
+            raise
+        made.report = replace(made.report, command=_command(context))
+        made.save(place)
+        files = {
+            "model": str(place),
+            "page": str(place / "report.html"),
+            **_exported(made, source, place, export or []),
+        }
+        _work.close(work)
+        _tell(talk, made, files)
+
+
+def _plan_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `plan` that were given; what was not keeps its default.
+
+    Raises:
+        OptionError: an option that a method decides itself.
+    """
+    from ..core.errors import OptionError
+
+    names = ("criterion", "allocation", "granularity", "scope", "ignore", "round_to", "seed")
+    chosen = {**{name: given[name] for name in names}, "floor": floor_of(given["floor"])}
+    options = {name: value for name, value in chosen.items() if value not in (None, [], ())}
+    extra = settings_of(given["settings"])
+    if given["method"] is None:
+        return {**options, "criterion_options": extra} if extra else options
+    taken = [f"--{name}" for name in ("criterion", "allocation", "granularity", "floor") if name in options]
+    if taken:
+        raise OptionError(f"{given['method']} decides {', '.join(taken)} itself; leave that out, or --method.")
+    return {**options, **_method_options(given["method"], extra)}
+
+
+def _method_options(method: str, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The method's hyperparameters, as the dataclass that its `options` takes; nothing if none were given."""
+    from .. import methods as _room  # noqa: F401  (registers them)
+    from ..core.catalogue import get_method
+    from ..core.errors import OptionError, unknown_name
+
+    accepted = typing.get_args(typing.get_type_hints(get_method(method).run).get("options"))
+    record = next((kind for kind in accepted if is_dataclass(kind)), None)
+    if not extra:
+        return {}
+    if not isinstance(record, type):
+        raise OptionError(f"{method} has no options, so --set cannot be used with it.")
+    names = [field.name for field in fields(record)]
+    for name in extra:
+        if name not in names:
+            raise unknown_name(f"option of {method}", name, names)
+    return {"options": record(**extra)}
+
+
+def _checked(
+    budget: str,
+    options: Mapping[str, Any],
+    method: str | None,
+    data: str | None,
+    train_data: str | None,
+    epochs: int,
+) -> Recipe | None:
+    """The recipe, None if a method has its own; every name in it is known before a model is loaded."""
+    from ..core.allocate import get_allocation
+    from ..core.budget import Budget
+    from ..core.errors import OptionError
+    from ..criteria import get_criterion
+    from ..planning import Granularity as Units
+    from ..planning import recipe_of
+
+    Budget.parse(budget)
+    if epochs and data is None and train_data is None:
+        raise OptionError("--recover-epochs needs data to train on: give --data or --train-data.")
+    if method is not None:
+        return None
+    recipe = recipe_of(budget, **options)
+    Units.parse(recipe.granularity)
+    get_allocation(recipe.allocation)
+    if not get_criterion(recipe.criterion).data_free and data is None:
+        raise OptionError(f"criterion {recipe.criterion!r} looks at data: give --data.")
+    return recipe
+
+
+def _opened(source: LoadedModel, spec: str | None, split: Any, given: Mapping[str, Any]) -> Batches | Loader | None:
+    from ..core.errors import DataError
+    from ..integrations import load_data
+
+    if spec is None:
+        return None
+    if split == "test" and spec.endswith(".txt") and source.text is not None and not source.text.causal:
+        raise DataError(
+            f"{source.name} does not predict the next token, so plain text cannot test it: give module:loader."
+        )
+    return load_data(
+        spec, split=split, images=source.images, text=source.text, size=given["batch_size"], seed=given["seed"]
+    )
+
+
+def _with_examples(source: LoadedModel, data: Batches | Loader | None, samples: int) -> LoadedModel:
+    from ..core.batch import take
+
+    return source.runnable() if data is None else source.with_examples(take(data, 1, "data")[0], samples).runnable()
+
+
+def _announcements(recipe: Recipe | None, method: str | None, source: LoadedModel, test_data: str | None) -> list[str]:
+    """What a person would rather know before the run than after it."""
+    from ..core.catalogue import get_method
+    from ..planning import Granularity as Units
+
+    widest = max((p.shape[0] for p in source.model.parameters() if p.dim() > 1), default=0)
+    cut = bool(Units.parse(recipe.granularity).kinds) if recipe else "channel" in get_method(method or "").units
+    notes = []
+    if not cut:
+        notes.append(
+            "what goes becomes zero in tensors of the same shape, so the file and the latency stay those of the dense "
+            "model; --granularity channel makes it smaller."
+        )
+    elif widest < _NARROW:
+        notes.append(
+            f"the widest layer has {widest} units; the cut model is smaller, but layers this narrow hardly run faster."
+        )
+    if test_data is None:
+        notes.append("without --test-data the quality of the model is not measured.")
+    return notes
+
+
+def _recovery(given: Mapping[str, Any], data: Batches | Loader | None) -> FineTune | None:
+    from ..pruning import FineTune
+
+    if not given["recover_epochs"]:
+        return None
+    return FineTune(
+        epochs=given["recover_epochs"],
+        lr=given["lr"],
+        optimizer=given["optimizer"],
+        distill=given["distill"],
+        data=data,
+    )
+
+
+def _exported(made: Pruned, source: LoadedModel, place: Path, wanted: list[Export]) -> dict[str, str]:
+    """The files written beside the folder, by their kind."""
+    from ..deploy import export_onnx, export_program
+
+    writers = {Export.onnx: (export_onnx, ".onnx"), Export.program: (export_program, ".pt2")}
+    files = {}
+    for kind in dict.fromkeys(wanted):
+        write, suffix = writers[kind]
+        files[kind.value] = str(write(made.model, source.example_inputs, place.with_name(place.name + suffix)))
+    return files
+
+
+def _command(context: typer.Context) -> str:
+    """What to type to get the same result."""
+    words = ["secateurs", "prune"]
+    for parameter in context.command.params:
+        name, value = parameter.name or "", context.params.get(parameter.name or "")
+        if name in ("resume", "as_json", "quiet", "debug") or value in (parameter.default, None, False, [], ()):
+            continue
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            text = item.value if isinstance(item, Enum) else str(item)
+            option = [] if parameter.param_type_name == "argument" else [parameter.opts[0]]
+            words += option if item is True else [*option, text]
+    return shlex.join(words)
+
+
+def _tell(talk: Session, made: Pruned, files: Mapping[str, str]) -> None:
+    from ..report.findings import checks
+
+    headline, found = made.report.headline(), checks(made.report)
+    verdicts = {True: ": met", False: ": NOT MET", None: ""}
+    data = {
+        "headline": headline,
+        "checks": [vars(check) for check in found],
+        "files": dict(files),
+        "report": made.report.to_dict(),
+    }
+    talk.result(
+        data,
+        headline,
+        *(f"{check.asked} asked, {check.got}{verdicts[check.met]}" for check in found),
+        *(f"warning: {warning}" for warning in made.report.warnings),
+        *(f"{kind}: {file}" for kind, file in files.items()),
+    )
