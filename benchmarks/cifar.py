@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,10 @@ class ResNet(nn.Module):
         blocks, width = (depth - 2) // 6, 16
         self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
         for stage, outputs in enumerate((16, 32, 64), 1):
-            layers = [Block(width, outputs, 1 if stage == 1 else 2), *(Block(outputs, outputs, 1) for _ in range(blocks - 1))]
+            layers = [
+                Block(width, outputs, 1 if stage == 1 else 2),
+                *(Block(outputs, outputs, 1) for _ in range(blocks - 1)),
+            ]
             setattr(self, f"layer{stage}", nn.Sequential(*layers))
             width = outputs
         self.linear = nn.Linear(64, 10)
@@ -90,7 +94,9 @@ def jpeg(part: str, limit: int) -> tuple[Tensor, Tensor]:
 
     with np.load(data_folder() / "cifar10" / "cifar10_jpeg.npz") as file:
         stream, ends, labels = file[f"{part}_jpeg"], file[f"{part}_offset"], file[f"{part}_y"]
-    images = [np.asarray(Image.open(io.BytesIO(stream[a:b].tobytes())).convert("RGB")) for a, b in zip(ends[:limit], ends[1:])]
+    images = [
+        np.asarray(Image.open(io.BytesIO(stream[a:b].tobytes())).convert("RGB")) for a, b in pairwise(ends[: limit + 1])
+    ]
     return normalized(np.stack(images)), torch.from_numpy(labels[: len(images)]).long()
 
 

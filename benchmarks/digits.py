@@ -1,8 +1,9 @@
-"""scikit-learn's handwritten digits: 1,000 to train on, 797 to test on, as vectors or images, and the networks on them."""
+"""scikit-learn's handwritten digits, 1,000 to train on and 797 to test on, and the networks that learn them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from sklearn.datasets import load_digits
@@ -26,12 +27,15 @@ def digits(seed: int = 0, *, images: bool = False) -> tuple[Pair, Pair]:
     return (x[:1000], y[order][:1000]), (x[1000:], y[order][1000:])
 
 
-def mlp(widths: Sequence[int] = (64, 100, 50, 10), seed: int = 0) -> nn.Sequential:
-    """A ReLU network of linear layers without normalisation."""
+def mlp(widths: Sequence[int] = (64, 100, 50, 10), seed: int = 0, *, kaiming: bool = False) -> nn.Sequential:
+    """A ReLU network of linear layers without normalisation, with PyTorch's or with Kaiming-normal initial weights."""
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(widths, widths[1:]):
+    for inputs, outputs in pairwise(widths):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    for layer in layers if kaiming else ():
+        if isinstance(layer, nn.Linear):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
     return nn.Sequential(*layers[:-1])
 
 
@@ -39,7 +43,7 @@ def convnet(widths: Sequence[int] = (16, 32, 32), seed: int = 0) -> nn.Sequentia
     """Three 3×3 convolutions with batch norm, max-pooling after the first, global average, classifier."""
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
-    for i, (inputs, outputs) in enumerate(zip((1, *widths), widths)):
+    for i, (inputs, outputs) in enumerate(pairwise((1, *widths))):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
         if i == 0:
             layers.append(nn.MaxPool2d(2))
@@ -57,7 +61,9 @@ def epochs_of(part: Pair, seed: int, size: int = 50) -> Callable[[int], list[Pai
     return one_pass
 
 
-def train(model: nn.Module, part: Pair, seed: int, *, epochs: int = 40, lr: float = 0.1, size: int = 50, **options) -> nn.Module:
+def train(
+    model: nn.Module, part: Pair, seed: int, *, epochs: int = 40, lr: float = 0.1, size: int = 50, **options
+) -> nn.Module:
     """`model`, trained with momentum SGD."""
     fine_tune(model, epochs_of(part, seed, size), epochs=epochs, lr=lr, seed=seed, **options)
     return model

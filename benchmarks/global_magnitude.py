@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.cifar import batches, exact, jpeg, pretrained
-from benchmarks.record import record
+from benchmarks.record import holds, record
 from secateurs import plan
 from secateurs.measure.quality import evaluate
 from secateurs.train.scope import prunable_weights
@@ -24,7 +24,7 @@ def main() -> None:
         found = {}
         for rule in ("global", "uniform", "erk"):
             masked = plan(model, x, f"sparsity={sparsity:.0%}", granularity="weight", allocation=rule).mask(model)
-            found[rule] = {name: 100 * evaluate(masked, test, ("accuracy",))["accuracy"] for name, test in tests.items()}
+            found[rule] = {t: 100 * evaluate(masked, test, ("accuracy",))["accuracy"] for t, test in tests.items()}
         if 0.6 <= sparsity <= 0.8:
             gains += [found["global"][t] - found["uniform"][t] for t in tests]
         rows.append((f"{sparsity:.1%}", *(f"{found[r]['exact']:.1f} / {found[r]['JPEG']:.1f}" for r in found), "", ""))
@@ -35,17 +35,15 @@ def main() -> None:
             made = plan(model, x, f"sparsity={sparsity:.1%}", granularity="weight", allocation="global", floor=floor)
             counts[name] = list(made.counts.values())
         empty[sparsity] = sum(c == 0 for c in counts["without"])
-        rows.append(
-            (f"{sparsity:.1%}", "", "", "", f"{empty[sparsity]} of {len(weights)}",
-             f"least {min(counts['with'])}, {sum(counts['with'])} of {total} kept")
-        )  # fmt: skip
+        kept = f"least {min(counts['with'])}, {sum(counts['with'])} of {total} kept"
+        rows.append((f"{sparsity:.1%}", "", "", "", f"{empty[sparsity]} of {len(weights)}", kept))
     record(
         "global_magnitude",
         system="global-magnitude",
-        claim="One-shot, global ranking beats uniform; at extreme sparsity it empties layers, and a floor prevents that.",
+        claim="One-shot, global beats uniform; at extreme sparsity it empties layers, and a floor prevents that.",
         held=(
             f"Global beats uniform by {min(gains):.1f} to {max(gains):.1f} points at 60–80% "
-            f"({'held' if min(gains) > 0 else 'did not hold'}). Empty layers at 98–99.9%: {list(empty.values())}; "
+            f"({holds(min(gains) > 0)}). Empty layers at 98–99.9%: {list(empty.values())}; "
             "with a floor of 5 none, at the same totals (held)."
         ),
         columns=("sparsity", "global", "uniform", "ERK", "empty layers, no floor", "floor of 5 weights"),

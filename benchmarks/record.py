@@ -13,7 +13,7 @@ from rich.table import Table
 
 from secateurs.summary import environment
 
-__all__ = ["RESULTS", "mean_std", "record"]
+__all__ = ["RESULTS", "holds", "mean_std", "record"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -22,6 +22,11 @@ def mean_std(values: Sequence[float], scale: float = 100) -> str:
     """`values` as mean ± sample standard deviation, in per cent by default."""
     spread = stdev(values) if len(values) > 1 else 0.0
     return f"{scale * fmean(values):.2f} ± {scale * spread:.2f}"
+
+
+def holds(claim: bool) -> str:
+    """The verdict in words."""
+    return "held" if claim else "did not hold"
 
 
 def record(
@@ -35,6 +40,7 @@ def record(
     data: str,
     seeds: Sequence[int] = (),
     note: str = "",
+    command: str = "",
 ) -> None:
     """Prints a table and writes `results/NAME.json`.
 
@@ -47,6 +53,7 @@ def record(
         data: data set, split and size.
         seeds: one run for each.
         note: what a reader must know to judge the figures.
+        command: that gives them; default: the module of this name.
     """
     table = Table(*columns, title=name)
     for row in rows:
@@ -56,6 +63,6 @@ def record(
     content = {
         "name": name, "system": system, "claim": claim, "held": held, "columns": list(columns),
         "rows": [list(map(str, row)) for row in rows], "data": data, "seeds": list(seeds), "note": note,
-        "command": f"python -m benchmarks.{name}", "environment": environment(),
+        "command": command or f"python -m benchmarks.{name}", "environment": environment(),
     }  # fmt: skip
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

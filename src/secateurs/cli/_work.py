@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +27,24 @@ def checked_out(out: Path, model: str) -> Path:
         raise FileError(f"--out {out} is the model itself, which is never changed; choose another folder.")
     if out.is_dir() and any(out.iterdir()) and not (out / "model.json").is_file():
         raise FileError(f"--out {out} holds something else than a saved model; choose a new folder.")
-    return out
+    # Its neighbours are named after it, which "." and ".." are not fit for.
+    return out.resolve() if out.name in ("", "..") else out
 
 
-def opened(out: Path, settings: Mapping[str, Any], resume: bool) -> Path:
+def opened(out: Path, given: Mapping[str, Any], beside: Sequence[str], resume: bool) -> Path:
     """The work folder of `out`: a new one, or that of the same run where it is to be resumed.
 
     Args:
         out: the folder of the result.
-        settings: everything that the result depends on, as JSON values.
+        given: the command's arguments by name, JSON values but for those beside.
+        beside: names of arguments that the result does not depend on.
         resume: go on with what is there.
 
     Raises:
         FileError: there is one and it is not to be resumed, or it cannot be read.
         OptionError: it belongs to a run with other settings; they are named.
     """
+    settings = {"secateurs": version("secateurs"), **{k: v for k, v in given.items() if k not in beside}}
     work = out.with_name(f"{out.name}.work")
     if not work.exists():
         _write(work / _SETTINGS, settings)

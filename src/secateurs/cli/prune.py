@@ -111,6 +111,7 @@ def prune(
     lr: Annotated[float, typer.Option("--lr", help="Learning rate of the fine-tuning.")] = 0.01,
     optimizer: Annotated[str, typer.Option("--optimizer", help="sgd, adam or adamw.")] = "sgd",
     distill: Annotated[bool, typer.Option("--distill", help="The unpruned model teaches the pruned one.")] = False,
+    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Time both models in one run.")] = True,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
     export: Annotated[
         list[Export] | None, typer.Option("--export", help="Also write OUT.onnx or OUT.pt2; repeatable.")
@@ -153,7 +154,7 @@ def prune(
         source = _with_examples(source, known or tests, batch).to(device)
         for note in _announcements(recipe, method, source, test_data):
             talk.say(f"note: {note}")
-        work = _work.opened(place, {k: v for k, v in given.items() if k not in _BESIDE}, resume)
+        work = _work.opened(place, given, _BESIDE, resume)
         try:
             with Stages(talk) as stages:
                 made = pruning.prune(
@@ -164,6 +165,7 @@ def prune(
                     data=None if known is None else known.sample(limit),
                     test=tests,
                     recover=_recovery(given, _opened(source, train_data, "train", given) or known),
+                    measure=measure,
                     checkpoint=work,
                     on_stage=stages.begin,
                     on_step=stages.step,
@@ -282,9 +284,10 @@ def _announcements(recipe: Recipe | None, method: str | None, source: LoadedMode
     cut = bool(Units.parse(recipe.granularity).kinds) if recipe else "channel" in get_method(method or "").units
     notes = []
     if not cut:
+        instead = "; --granularity channel makes it smaller" if recipe and not recipe.budget.pattern else ""
         notes.append(
             "what goes becomes zero in tensors of the same shape, so the file and the latency stay those of the dense "
-            "model; --granularity channel makes it smaller."
+            f"model{instead}."
         )
     elif widest < _NARROW:
         notes.append(
@@ -326,12 +329,13 @@ def _command(context: typer.Context) -> str:
     words = ["secateurs", "prune"]
     for parameter in context.command.params:
         name, value = parameter.name or "", context.params.get(parameter.name or "")
-        if name in ("resume", "as_json", "quiet", "debug") or value in (parameter.default, None, False, [], ()):
+        if name in ("resume", "as_json", "quiet", "debug") or value in (parameter.default, None, [], ()):
             continue
         for item in value if isinstance(value, (list, tuple)) else [value]:
             text = item.value if isinstance(item, Enum) else str(item)
             option = [] if parameter.param_type_name == "argument" else [parameter.opts[0]]
-            words += option if item is True else [*option, text]
+            # A flag stands alone; one that is off has a name of its own.
+            words += option if item is True else parameter.secondary_opts[:1] if item is False else [*option, text]
     return shlex.join(words)
 
 

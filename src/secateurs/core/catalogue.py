@@ -68,7 +68,9 @@ def method(record: Method) -> Method:
         OptionError: the name is taken.
     """
     if record.name in _METHODS:
-        raise OptionError(f"method {record.name!r} is already in the catalogue, by {_METHODS[record.name].run.__module__}.")
+        raise OptionError(
+            f"method {record.name!r} is already in the catalogue, by {_METHODS[record.name].run.__module__}."
+        )
     _METHODS[record.name] = record
     return record
 

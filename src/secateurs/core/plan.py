@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from .units import Group, WeightGroup
 __all__ = ["Plan", "Recipe", "Step", "decide", "pack", "unpack"]
 
 Measure = Callable[[Mapping[str, int]], float]
+P = TypeVar("P", bound="Plan")
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ class Plan:
         ]
         return tuple(sorted(steps, key=lambda s: s.kept / s.size))
 
-    def rebudget(self, budget: str | Budget, measure: Measure | None = None) -> Plan:
+    def rebudget(self: P, budget: str | Budget, measure: Measure | None = None) -> P:
         """The plan for another budget from the same scores; nothing is scored again.
 
         Raises:

@@ -15,7 +15,7 @@ def size_on_disk(model: nn.Module) -> int:
 
     Tied tensors are stored once. Saved models that carry further tensors are larger by those.
     """
-    tensors = {name: t for name, t in (*model.named_parameters(), *model.named_buffers())}
+    tensors = dict((*model.named_parameters(), *model.named_buffers()))
     ends = list(accumulate(t.numel() * t.element_size() for t in tensors.values()))
     starts = [0, *ends[:-1]] if ends else []
     header = {

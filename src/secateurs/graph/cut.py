@@ -16,10 +16,9 @@ from ..core.dims import kept
 from ..core.errors import PlanError, ProofError
 from ..core.units import Group
 from .mend import apply_edits
-from .modules import MultiheadAttention
-from .run import output_tensors
+from .run import output_tensors, running
 from .structure import Structure, fingerprint
-from .twin import attention_swaps, named_tensors, twin
+from .twin import attention_swaps, named_tensors, swap_attention, twin
 
 __all__ = ["cut", "element_masks", "mask", "prove"]
 
@@ -77,10 +76,8 @@ def cut(model: nn.Module, structure: Structure, keep: Mapping[str, Tensor]) -> n
             if name in structure.tensors:
                 sliced[name] = _sliced(tensor.detach(), [kept(d, keep) for d in structure.tensors[name]])
     smaller = twin(model, sliced)
-    for path in attention_swaps(smaller):
-        attention = smaller.get_submodule(path)
-        if any(n.startswith(f"{path}." if path else "") and n in sliced for n in structure.tensors):
-            attention.__class__ = MultiheadAttention
+    touched = [p for p in attention_swaps(smaller) if any(n.startswith(f"{p}." if p else "") for n in sliced)]
+    swap_attention(smaller, touched)
     apply_edits(smaller, structure.edits, counts)
     return smaller
 
@@ -210,7 +207,7 @@ def _witnesses(model: nn.Module, inputs: Any) -> _Witnesses:
         if path:
             module.register_forward_hook(lambda _m, _i, out, path=path: look(path, out))
     device = device_of(model)
-    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with running(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         outputs = output_tensors(call(model, move(inputs, device)))
     return _Witnesses([_witness(t, sample=False) for t in outputs], inner)

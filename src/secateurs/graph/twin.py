@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from .modules import MultiheadAttention
 
-__all__ = ["attention_swaps", "meta_twin", "named_tensors", "shared_twin", "twin"]
+__all__ = ["attention_swaps", "meta_twin", "named_tensors", "shared_twin", "swap_attention", "twin"]
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -63,11 +63,21 @@ def _replace(model: nn.Module, stand_in: Callable[[str, Tensor], Tensor]) -> dic
 
 
 def _prepared(model: nn.Module) -> nn.Module:
-    for path in attention_swaps(model):
-        model.get_submodule(path).__class__ = MultiheadAttention
+    swap_attention(model, attention_swaps(model))
     return model.eval()
 
 
 def attention_swaps(model: nn.Module) -> tuple[str, ...]:
     """Paths of the modules whose Python code hard-wires head sizes and is replaced by an equal one that does not."""
     return tuple(path for path, module in model.named_modules() if type(module) is nn.MultiheadAttention)
+
+
+def swap_attention(model: nn.Module, paths: Iterable[str]) -> None:
+    """Replace the class of the modules at `paths`, in place."""
+    for path in paths:
+        model.get_submodule(path).__class__ = MultiheadAttention
+    for module in model.modules():
+        inside = module.modules() if isinstance(module, nn.TransformerEncoder) else ()
+        if any(isinstance(m, MultiheadAttention) for m in inside):
+            # Nested tensors are for fused kernels only, and those derive head sizes as PyTorch's attention does.
+            module.use_nested_tensor = False

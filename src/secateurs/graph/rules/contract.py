@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
-from ...core.dims import Dim, Fixed, size
+from ...core.dims import Dim, Fixed, product, size
 from ..trace import Call, Type, rule
 from .pointwise import broadcast, fixed, fixed_dims, zero_on
 
@@ -46,14 +48,14 @@ def einsum(call: Call, left: Type, right: Type, equation: str) -> Type:
     return Type(tuple(dims[k] for k in out), zero)
 
 
-def _plus(call: Call, product: Type, terms: list[Type]) -> Type:
-    """The product and the terms that are added to it under broadcasting."""
-    dims = broadcast(call, [product, *terms], tuple(call.outputs[0].shape))
-    return Type(dims, zero_on(dims, [product, *terms], all))
+def _plus(call: Call, result: Type, terms: list[Type]) -> Type:
+    """A product and the terms that are added to it under broadcasting."""
+    dims = broadcast(call, [result, *terms], tuple(call.outputs[0].shape))
+    return Type(dims, zero_on(dims, [result, *terms], all))
 
 
 @rule("mm", "bmm", "mv", "dot", "vdot", charged=True)
-def product(call: Call) -> Type:
+def plain(call: Call) -> Type:
     """A plain matrix product."""
     left, right = call.types()[:2]
     return einsum(call, left, right, _EQUATIONS[call.name])
@@ -84,6 +86,19 @@ def trilinear(call: Call) -> list[Type]:
     return fixed(call)
 
 
+@rule("_grouped_mm", "grouped_mm_fallback", charged=True)
+def grouped(call: Call) -> Type:
+    """Rows of one expert after those of another, each with a matrix of its own: which rows and experts is fixed."""
+    rows, weights, *_ = call.types()
+    if (len(rows.dims), len(weights.dims)) != (2, 3) or call.args.get("bias") is not None:
+        for kind in call.types():
+            call.freeze(kind.dims)
+        return Type(fixed_dims(call.outputs[0]))
+    call.freeze([rows.dims[0], weights.dims[0]], f"rows and experts: {call.why}")
+    matrix = replace(weights, dims=weights.dims[1:], axes=weights.axes[1:])
+    return einsum(call, rows, matrix, "mk,kn->mn")
+
+
 @rule(
     "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
@@ -93,7 +108,12 @@ def attention(call: Call) -> list[Type]:
     """Fused attention over [batch, heads, queries, size]: heads are one axis of all operands, the mask included."""
     q, k, v = (call.type_of(call.args[name]) for name in ("query", "key", "value"))
     solver = call.trace.solver
-    batch, heads = (solver.unify_all([x.dims[i] for x in (q, k, v)], call.why) for i in (0, 1))
+    batch = solver.unify_all([q.dims[0], k.dims[0], v.dims[0]], call.why)
+    heads = solver.unify_all([k.dims[1], v.dims[1]], call.why)
+    if size(q.dims[1]) != size(heads):
+        # Several heads of the queries in turn share one of the keys and values.
+        heads = product(heads, Fixed(size(q.dims[1]) // size(heads)))
+    solver.unify(heads, q.dims[1], call.why)
     size_qk = solver.unify_all([q.dims[3], k.dims[3]], call.why)
     tokens = solver.unify_all([k.dims[2], v.dims[2]], call.why)
     call.freeze([batch, q.dims[2], tokens], f"tokens and batch: {call.why}")

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.cli.running import run, run_json
+
+NET = ("inspect", "things:net", "--input", "1,1,8,8")
+
+
+def test_groups_by_hand(workplace: Path) -> None:
+    """8 channels of 9 weights, a bias and two of the norm feed 16·9 weights of the next layer, at 64 positions."""
+    found = run_json(*NET)
+    first, second = found["groups"]
+    assert (first["name"], first["kind"], first["size"], first["tensor"]) == ("0", "channel", 8, "0.weight")
+    assert first["params_per_unit"] == 9 + 1 + 2 + 16 * 9
+    assert first["macs_per_unit"] == 64 * (9 + 16 * 9)
+    assert set(first["along"]) >= {"0.bias", "1.weight", "1.bias", "1.running_mean", "3.weight"}
+    assert second["params_per_unit"] == 8 * 9 + 1 + 4
+    assert second["macs_per_unit"] == 64 * 8 * 9 + 4
+    assert first["time"] is None
+    assert found["macs"] == 64 * 9 * 8 + 64 * 8 * 9 * 16 + 16 * 4
+
+
+def test_what_stays_is_named_with_its_reason(workplace: Path) -> None:
+    found = run_json(*NET)
+    assert found["frozen"] == [{"tensor": "7.weight", "axis": 0, "size": 4, "reason": "an axis of the model's output"}]
+    shown = run(*NET).out
+    assert "7.weight (4): an axis of the model's output" in shown
+    assert "2 groups of units can be pruned" in shown
+    assert "0.bias, 1.weight, 1.bias and" in shown
+
+
+def test_times_are_shares(workplace: Path) -> None:
+    found = run_json(*NET, "--time")
+    shares = [group["time"] for group in found["groups"]]
+    assert all(0 < share < 1 for share in shares)
+    assert "time" in run(*NET, "--time").out
+
+
+def test_weights(workplace: Path) -> None:
+    found = run_json(*NET, "--granularity", "block:4x1")
+    sizes = {group["name"]: (group["kind"], group["size"]) for group in found["groups"]}
+    assert sizes["3.weight"][1] == 16 * 8 * 9 / 4
+    assert found["groups"][1]["params_per_unit"] == 4
+    assert found["groups"][1]["macs_per_unit"] == 64 * 4
+    assert "1.weight" in {width["tensor"] for width in found["frozen"]}
+
+
+@pytest.mark.parametrize("granularity", ["channels", "block:0", "heads"])
+def test_unknown_granularity(workplace: Path, granularity: str) -> None:
+    ran = run(*NET, "--granularity", granularity)
+    assert ran.code == 1
+    assert f"unknown granularity {granularity!r}" in ran.error
+
+
+def test_a_model_in_which_nothing_can_go(workplace: Path) -> None:
+    (workplace / "rigid.py").write_text("from torch import nn\ndef net(): return nn.Linear(3, 2)\n")
+    ran = run("inspect", "rigid:net", "--input", "1,3")
+    assert ran.code == 0
+    assert "0 groups of units can be pruned" in ran.out
