@@ -1,4 +1,4 @@
-"""Every criterion with every allocation that applies: ResNet-20 on CIFAR-10, one-shot and after a very short recovery."""
+"""Every criterion with every allocation that applies: ResNet-20 on CIFAR-10, one-shot and briefly recovered."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def main(unit: str) -> None:
         data="CIFAR-10, pretrained ResNet-20 (91.6 dense), 1,017 exact test images; 512 calibration images",
         seeds=SEEDS,
         command=f"python -m benchmarks.grid {unit}",
-        note=f"Recovery is {STEPS} steps of 64 images: it ranks starting points, it is no final accuracy. Seeds change batches.",
+        note=f"Recovery is {STEPS} steps of 64 images: it ranks starting points and is no final accuracy.",
     )
 
 

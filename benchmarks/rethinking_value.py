@@ -71,7 +71,7 @@ def main() -> None:
         claim="Filters: training from scratch matches fine-tuning. Weights at high sparsity: fine-tuning wins. "
         "The lottery ticket's initial weights gain nothing at a large rate.",
         held=(
-            f"Filters, half the channels: Scratch-E minus the best fine-tuning {c1[0]:+.2f}, B minus E "
+            f"Filters, half the channels: Scratch-E minus the best fine-tuning {c1[0]:+.2f}, B - E "
             f"{c1[1]:+.2f} points ({holds(c1[0] >= -0.3 and c1[1] >= -0.2)}). Weights at 95%: fine-tuning at 0.05 minus "
             f"Scratch-E {c2[0]:+.2f} ({holds(c2[0] > 0)}), at the paper's 0.001 {c2[1]:+.2f} ({holds(c2[1] > 0)}). "
             f"Lottery minus fresh weights: {c3[0]:+.2f} at 80%, {c3[1]:+.2f} at 95% ({holds(max(c3) <= 0.3)})."
@@ -80,7 +80,7 @@ def main() -> None:
         rows=rows,
         data="scikit-learn digits, 1,000 train / 797 test; CNN 16-32-32, 24 epochs; MLP 100-50, 40 epochs",
         seeds=SEEDS,
-        note="Scratch-B of the plain network is capped at Scratch-E's length: equal MACs would take up to 20 times that.",
+        note="Scratch-B of the plain network is capped at Scratch-E's length: equal MACs are up to 20 times that.",
     )
 
 

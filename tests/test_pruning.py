@@ -141,6 +141,29 @@ def test_quality_is_measured_and_decides_nothing() -> None:
     assert state(made.model) == state(prune(net(), data=batches()).model)
 
 
+def test_other_decisions_are_tested_from_the_same_scores() -> None:
+    model, stages = net(), []
+    made = prune(
+        model, data=batches(), test=batches(), sensitivities=(0.0, 0.5), budgets=("macs<=75%", "macs<=50%"),
+        on_stage=stages.append,
+    )  # fmt: skip
+    assert stages[-2:] == ["sweeping", "measuring"]
+    before, after = made.report.before.quality["accuracy"], made.report.stages["one-shot"]["accuracy"]
+    # One group: with half of its channels gone it is the decision itself, before any repair.
+    assert made.report.sensitivity == {"0": ((0.0, before), (0.5, after))}
+    assert [(point.budget, point.macs_left) for point in made.report.front] == [("macs<=75%", 0.75), ("macs<=50%", 0.5)]
+    assert made.report.front[1].quality == made.report.after.quality["accuracy"]
+    assert state(made.model) == state(prune(model, data=batches()).model)
+
+
+def test_other_decisions_need_test_data_and_one_scoring() -> None:
+    with pytest.raises(OptionError, match=r"sensitivities= and budgets= are measured on test data: pass test="):
+        prune(net(), budgets=("macs<=75%",))
+    training = {"data": batches(), "recover": sec.FineTune(epochs=1)}
+    with pytest.raises(OptionError, match=r"makes one decision: leave out sensitivities= and budgets="):
+        prune(net(), "sparsity=75%", method="gradual-magnitude", sensitivities=(0.5,), **training)
+
+
 # -- repair ------------------------------------------------------------------------------------------------------------
 
 

@@ -32,7 +32,7 @@ Batch = tuple[Tensor, Tensor]
 _BUDGETS = {"half": "macs<=50%", "sparse": "sparsity=90%"}
 # Kept widths are multiples of eight, as processors like them; weights are divided by layer shapes (Erdős–Rényi kernel).
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "half": {"round_to": 8},
+    "half": {"round_to": 8, "sensitivities": (0.25, 0.5, 0.75), "budgets": ("macs<=75%", "macs<=25%")},
     "sparse": {"granularity": "weight", "allocation": "erk"},
 }
 

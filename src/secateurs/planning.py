@@ -160,13 +160,14 @@ def plan_of_masks(model: nn.Module, example_inputs: Any, masks: Mapping[str, Ten
     Args:
         model: with the masks applied.
         masks: bool, by name and in the shape of each weight.
-        recipe: what was asked.
+        recipe: what was asked; its granularity says what a unit is.
     """
-    groups = tuple(WeightGroup(name, tuple(mask.shape)) for name, mask in masks.items())
+    block = Granularity.parse(recipe.granularity).block
+    groups = tuple(WeightGroup(name, tuple(mask.shape), block) for name, mask in masks.items())
     return ModelPlan(
         groups=groups,
         scores=score("magnitude", model, groups),
-        keep={name: mask.flatten().cpu() for name, mask in masks.items()},
+        keep={g.name: g.lift({g.name: masks[g.name].cpu().float()}, "max")[g.name] > 0 for g in groups},
         costs=_weight_costs(model, example_inputs, groups),
         recipe=recipe,
         fingerprint=fingerprint(model),

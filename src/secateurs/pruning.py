@@ -264,6 +264,7 @@ def prune_in_training(
     data: Iterable[Any] | None = None,
     test: Iterable[Any] | None = None,
     loss: Loss | None = None,
+    granularity: str = "weight",
     allocation: str = "uniform",
     scope: str | Sequence[str] | None = None,
     ignore: str | Sequence[str] = (),
@@ -276,15 +277,18 @@ def prune_in_training(
     name: str | None = None,
     settings: Mapping[str, Any] | None = None,
     recalibrate: bool = True,
+    sensitivities: Sequence[float] = (),
+    budgets: Sequence[str] = (),
 ) -> Pruned:
     """`model` trained by `recover` with a train-time pruner at work, as `prune` reports it.
 
     Args:
         pruner: from (model, optimizer, number of optimizer steps, {scope, ignore}) to the pruner.
         recover: the training.
-        allocation: what the pruner follows, for the report.
+        granularity, allocation: what the pruner follows, for the plan and the report.
         settings: the pruner's own, by which a checkpoint knows its run.
         recalibrate: without effect, since batch-norm statistics follow the training.
+        sensitivities, budgets: refused, since nothing is scored once from which other decisions could be made.
         others: as for `prune`.
 
     Raises:
@@ -293,11 +297,15 @@ def prune_in_training(
     """
     if recover is None:
         raise OptionError("this method prunes while it trains: pass recover=FineTune(epochs=…, lr=…) and data=.")
+    if sensitivities or budgets:
+        raise OptionError(
+            "a method that prunes while it trains makes one decision: leave out sensitivities= and budgets=."
+        )
     training = _training_data(recover, batches_of(data))
     tests = None if test is None else take(test, what="test data")
     _check_finite(model)
     recipe = recipe_of(
-        budget, granularity="weight", allocation=allocation, scope=scope, ignore=ignore, seed=seed
+        budget, granularity=granularity, allocation=allocation, scope=scope, ignore=ignore, seed=seed
     )  # fmt: skip
     if checkpoint is not None:
         _claim(Path(checkpoint), {"recipe": recipe.to_dict(), "model": digest(model), "settings": dict(settings or {})})

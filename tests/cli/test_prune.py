@@ -89,6 +89,16 @@ def test_data_recovers_and_tests_are_measured(workplace: Path) -> None:
     assert [path.name for path in Path("out").iterdir()] == ["deep"]
 
 
+def test_other_decisions_are_measured(workplace: Path) -> None:
+    words = ("--test-data", "small.npz", "--sensitivity", "--other-budget", "macs<=80%", "--other-budget", "macs<=30%")
+    found = run_json("prune", "things:net", *SHORT, *words)["report"]
+    assert [point["budget"] for point in found["front"]][-2:] == ["macs<=80%", "macs<=30%"]
+    assert {name: [share for share, _ in curve] for name, curve in found["sensitivity"].items()} == {
+        "0": [0.25, 0.5, 0.75],
+        "3": [0.25, 0.5, 0.75],
+    }
+
+
 def test_the_same_seed_gives_the_same_bits(workplace: Path) -> None:
     for name in ("a", "b", "c"):
         options = ("--data", "things:batches", "--recover-epochs", "1", "--seed", "7" if name == "c" else "3")
@@ -118,11 +128,11 @@ def test_exports_stand_beside_the_folder(workplace: Path) -> None:
 
 def test_options_reach_the_plan(workplace: Path) -> None:
     found = run_json(
-        *("prune", "things:net", *SHORT, "--criterion", "magnitude", "--set", "p=1", "--allocation", "uniform"),
+        *("prune", "things:net", *SHORT, "--criterion", "magnitude", "--set", "norm=1", "--allocation", "uniform"),
         *("--scope", "3", "--floor", "25%", "--round-to", "4", "--seed", "5"),
     )
     recipe = found["report"]["recipe"]
-    assert recipe["criterion_options"] == {"p": 1}
+    assert recipe["criterion_options"] == {"norm": 1}
     assert (recipe["allocation"], recipe["scope"], recipe["floor"]) == ("uniform", ["3"], 0.25)
     assert (recipe["round_to"], recipe["seed"]) == (4, 5)
     assert [group["kept"] % 4 for group in found["report"]["groups"]] == [0]
@@ -131,11 +141,19 @@ def test_options_reach_the_plan(workplace: Path) -> None:
 def test_a_method_decides_itself(workplace: Path) -> None:
     common = ("prune", "things:net", "--budget", "sparsity=60%", *SHORT[2:], "--method", "global-magnitude")
     assert run_json(*common, "--set", "minimum=1")["report"]["form"] == "mask"
-    assert "global-magnitude decides --criterion itself" in run(*common, "--criterion", "random").error
+    own = ("--criterion", "random", "--round-to", "4")
+    assert "global-magnitude decides --criterion, --round-to itself" in run(*common, *own).error
     assert (
         "unknown option of global-magnitude 'minimm'; the nearest are minimum"
         in run(*common, "--set", "minimm=1").error
     )
+
+
+def test_a_method_may_prune_in_training(workplace: Path) -> None:
+    words = ("--method", "gradual-magnitude", "--data", "small.npz", "--recover-epochs", "2", "--set", "updates=3")
+    found = run_json("prune", "things:net", "--budget", "sparsity=50%", *SHORT[2:4], "--no-measure", *words)
+    assert found["report"]["form"] == "mask"
+    assert len(found["report"]["history"]["values"]) == 2
 
 
 # -- errors are behaviour ----------------------------------------------------------------------------------------------
@@ -151,6 +169,8 @@ def test_a_method_decides_itself(workplace: Path) -> None:
         (("--scope", "layer9"), "unknown pattern 'layer9'; the nearest are 0, 3."),
         (("--criterion", "taylor"), "criterion 'taylor' looks at data: give --data."),
         (("--recover-epochs", "1"), "--recover-epochs needs data to train on: give --data or --train-data."),
+        (("--sensitivity",), "--sensitivity and --other-budget are measured on --test-data: give it."),
+        (("--other-budget", "macs"), "cannot read budget 'macs'"),
         (("--allocation", "erk"), "use uniform, global or given."),
         (("--device", "abacus"), "device 'abacus' cannot be used"),
         (("--data", "missing.npz"), "there is no file missing.npz; DATA is a folder"),

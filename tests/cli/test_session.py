@@ -67,7 +67,7 @@ def test_debug_lets_errors_through() -> None:
 
 def test_what_libraries_print_is_no_result(capsys: pytest.CaptureFixture[str]) -> None:
     with _session.session(as_json=True, debug=False) as talk:
-        print("chatter")
+        sys.stdout.write("chatter\n")
         talk.say("told")
         talk.result({"a": 1.5, "b": "ö"})
     captured = capsys.readouterr()

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -70,6 +70,7 @@ def test_wanda_of_a_convolution_is_wanda_of_the_unfolded_layer(options: dict[str
     st.sampled_from([0, 1, "same", "valid"]),
     st.sampled_from([1, 2]),
 )
+@example(nn.Conv2d, "zeros", 2, 1, 1, "same", 1)
 def test_column_energies_are_the_derivative_of_a_convolution_of_squares(
     kind: type[nn.Conv2d], mode: str, kernel: int, stride: int, dilation: int, padding: int | str, groups: int
 ) -> None:

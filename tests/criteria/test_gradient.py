@@ -174,13 +174,11 @@ def test_entries_cancel_inside_a_unit_for_taylor_only() -> None:
     assert score("snip", model, block, **options)["0.weight"].item() == 2.0
 
 
-def test_small_gates_do_not_vanish_in_the_square() -> None:
-    """The square of 1e-19 is no float32, but their mean is compared in float64 before it is rounded."""
-    model = mlp(1, 1)
-    model[0].weight.data.fill_(1e-15)
-    data = [(torch.ones(1, 1), None)]
-    found = score("taylor", model, weight_groups(model), data=data, loss=lambda out, target: out.sum() * 1e-4)
-    assert found["0.weight"].item() == pytest.approx(1e-38, rel=1e-3)
+def test_by_default_taylor_averages_the_squares_of_batches() -> None:
+    model, data = model_and_data(3, 3)
+    expected = torch.stack([gate_gradient(model, batch) for batch in data]).square().mean(0)
+    found = score("taylor", model, [hidden(model)], data=data)["hidden"]
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,9 @@ VALUES = [
 ]
 
 
-@pytest.mark.parametrize("value", VALUES, ids=repr)
+@pytest.mark.parametrize(
+    "value", VALUES, ids=[f"{number}-{type(value).__name__}" for number, value in enumerate(VALUES)]
+)
 def test_value_comes_back_equal_and_of_the_same_type(value: Any) -> None:
     assert alike(value, there_and_back(value))
 

@@ -6,12 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .bench import bench
-from .demo import demo
-from .inspect import inspect
-from .methods import methods
-from .prune import prune
-from .report import report
+from . import bench, demo, inspect, methods, prune, report
 
 __all__ = ["app", "main"]
 
@@ -23,7 +18,7 @@ app = typer.Typer(
     # An error is one sentence; --debug shows where it came from.
     pretty_exceptions_enable=False,
 )
-for _command in (prune, inspect, methods, report, bench, demo):
+for _command in (prune.prune, inspect.inspect, methods.methods, report.report, bench.bench, demo.demo):
     app.command()(_command)
 
 
@@ -36,7 +31,7 @@ def _version(asked: bool) -> None:
 
 
 @app.callback()
-def _options(
+def _before(
     _: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,

@@ -47,16 +47,16 @@ def _criteria() -> list[dict[str, Any]]:
 
 
 def _allocations() -> list[dict[str, Any]]:
-    from ..core import allocate
+    from ..core.allocate import allocations
 
     return [
         {
-            "name": name,
+            "name": entry.name,
             "summary": (entry.rule.__doc__ or "").strip().partition("\n")[0],
             "needs": [what for what, needed in _needs(entry) if needed],
             "options": entry.options,
         }
-        for name, entry in sorted(allocate._ALLOCATIONS.items())
+        for entry in allocations()
     ]
 
 

@@ -7,6 +7,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from enum import Enum
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,6 +48,8 @@ _DATA = (
 )
 # What the result does not depend on.
 _BESIDE = ("out", "export", "resume", "as_json", "quiet", "debug")
+# Sparsities at which each group is tested alone.
+_SHARES = (0.25, 0.5, 0.75)
 # A layer of fewer units takes about the same time at half its width.
 _NARROW = 32
 
@@ -111,6 +114,13 @@ def prune(
     lr: Annotated[float, typer.Option("--lr", help="Learning rate of the fine-tuning.")] = 0.01,
     optimizer: Annotated[str, typer.Option("--optimizer", help="sgd, adam or adamw.")] = "sgd",
     distill: Annotated[bool, typer.Option("--distill", help="The unpruned model teaches the pruned one.")] = False,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Also test each group pruned alone, for the report.")
+    ] = False,
+    other_budgets: Annotated[
+        list[str] | None,
+        typer.Option("--other-budget", help="Also test this budget, without recovery, for the report; repeatable."),
+    ] = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Time both models in one run.")] = True,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
     export: Annotated[
@@ -139,7 +149,7 @@ def prune(
 
         given = context.params
         options = _plan_options(given)
-        recipe = _checked(budget, options, method, data, train_data, recover_epochs)
+        recipe = _checked(given, options)
         place = _work.checked_out(out, model)
         source = load_model_from(
             model,
@@ -166,6 +176,7 @@ def prune(
                     test=tests,
                     recover=_recovery(given, _opened(source, train_data, "train", given) or known),
                     measure=measure,
+                    **_sweep(sensitivity, other_budgets or []),
                     checkpoint=work,
                     on_stage=stages.begin,
                     on_step=stages.step,
@@ -190,49 +201,42 @@ def _plan_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `plan` that were given; what was not keeps its default.
 
     Raises:
-        OptionError: an option that a method decides itself.
+        OptionError: an option that the method does not leave to the user, or does not have.
     """
-    from ..core.errors import OptionError
-
     names = ("criterion", "allocation", "granularity", "scope", "ignore", "round_to", "seed")
     chosen = {**{name: given[name] for name in names}, "floor": floor_of(given["floor"])}
     options = {name: value for name, value in chosen.items() if value not in (None, [], ())}
     extra = settings_of(given["settings"])
     if given["method"] is None:
         return {**options, "criterion_options": extra} if extra else options
-    taken = [f"--{name}" for name in ("criterion", "allocation", "granularity", "floor") if name in options]
-    if taken:
-        raise OptionError(f"{given['method']} decides {', '.join(taken)} itself; leave that out, or --method.")
-    return {**options, **_method_options(given["method"], extra)}
+    return {**options, **_method_options(given["method"], options, extra)}
 
 
-def _method_options(method: str, extra: Mapping[str, Any]) -> dict[str, Any]:
-    """The method's hyperparameters, as the dataclass that its `options` takes; nothing if none were given."""
+def _method_options(method: str, options: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The method's hyperparameters, as the dataclass that its `options` takes; nothing if none were given.
+
+    Raises:
+        OptionError: an option of `plan` that the method decides itself, or a hyperparameter that it does not have.
+    """
     from .. import methods as _room  # noqa: F401  (registers them)
     from ..core.catalogue import get_method
     from ..core.errors import OptionError, unknown_name
 
-    accepted = typing.get_args(typing.get_type_hints(get_method(method).run).get("options"))
-    record = next((kind for kind in accepted if is_dataclass(kind)), None)
-    if not extra:
-        return {}
-    if not isinstance(record, type):
-        raise OptionError(f"{method} has no options, so --set cannot be used with it.")
-    names = [field.name for field in fields(record)]
+    run = get_method(method).run
+    own = [name for name in options if name not in ("scope", "ignore", "seed", *signature(run).parameters)]
+    if own:
+        words = ", ".join(f"--{name.replace('_', '-')}" for name in own)
+        raise OptionError(f"{method} decides {words} itself: leave that out, or --method.")
+    hint = typing.get_type_hints(run).get("options")
+    record = next((kind for kind in (hint, *typing.get_args(hint)) if is_dataclass(kind)), None)
+    names = [field.name for field in fields(record)] if record else []
     for name in extra:
         if name not in names:
             raise unknown_name(f"option of {method}", name, names)
-    return {"options": record(**extra)}
+    return {"options": record(**extra)} if extra and isinstance(record, type) else {}
 
 
-def _checked(
-    budget: str,
-    options: Mapping[str, Any],
-    method: str | None,
-    data: str | None,
-    train_data: str | None,
-    epochs: int,
-) -> Recipe | None:
+def _checked(given: Mapping[str, Any], options: Mapping[str, Any]) -> Recipe | None:
     """The recipe, None if a method has its own; every name in it is known before a model is loaded."""
     from ..core.allocate import get_allocation
     from ..core.budget import Budget
@@ -241,15 +245,18 @@ def _checked(
     from ..planning import Granularity as Units
     from ..planning import recipe_of
 
-    Budget.parse(budget)
-    if epochs and data is None and train_data is None:
+    for budget in (given["budget"], *(given["other_budgets"] or ())):
+        Budget.parse(budget)
+    if given["recover_epochs"] and given["data"] is None and given["train_data"] is None:
         raise OptionError("--recover-epochs needs data to train on: give --data or --train-data.")
-    if method is not None:
+    if (given["sensitivity"] or given["other_budgets"]) and given["test_data"] is None:
+        raise OptionError("--sensitivity and --other-budget are measured on --test-data: give it.")
+    if given["method"] is not None:
         return None
-    recipe = recipe_of(budget, **options)
+    recipe = recipe_of(given["budget"], **options)
     Units.parse(recipe.granularity)
     get_allocation(recipe.allocation)
-    if not get_criterion(recipe.criterion).data_free and data is None:
+    if not get_criterion(recipe.criterion).data_free and given["data"] is None:
         raise OptionError(f"criterion {recipe.criterion!r} looks at data: give --data.")
     return recipe
 
@@ -310,6 +317,11 @@ def _recovery(given: Mapping[str, Any], data: Batches | Loader | None) -> FineTu
         distill=given["distill"],
         data=data,
     )
+
+
+def _sweep(sensitivity: bool, budgets: list[str]) -> dict[str, Any]:
+    """What `prune` is to test besides; nothing if nothing is asked, since not every method can."""
+    return {**({"sensitivities": _SHARES} if sensitivity else {}), **({"budgets": budgets} if budgets else {})}
 
 
 def _exported(made: Pruned, source: LoadedModel, place: Path, wanted: list[Export]) -> dict[str, str]:

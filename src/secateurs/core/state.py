@@ -1,17 +1,19 @@
 """Any nest of tensors and plain values in one safetensors file, without pickle.
 
 The tensors are the file's tensors; everything else is JSON in its header. One file, written under a temporary name and
-renamed, is never half there.
+renamed, is never half there; a checksum over both tells when it was changed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -77,7 +79,8 @@ def write_state(path: str | Path, tree: Any, kind: str = "training state") -> No
     """
     target = Path(path)
     tensors, skeleton = flatten(tree)
-    header = {"format": f"secateurs {kind}", "version": _VERSION, "tree": json.dumps(skeleton)}
+    text = json.dumps(skeleton)
+    header = {"format": f"secateurs {kind}", "version": _VERSION, "tree": text, "sha256": _digest(tensors, text)}
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
@@ -93,7 +96,7 @@ def read_state(path: str | Path, kind: str = "training state") -> Any:
     """The tree in a file of `write_state`, its tensors on the CPU.
 
     Raises:
-        FileError: the file is missing, damaged, not such a file, or of another version.
+        FileError: the file is missing, damaged, changed, not such a file, or of another version.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -109,7 +112,18 @@ def read_state(path: str | Path, kind: str = "training state") -> Any:
         raise FileError(
             f"{path} holds {kind} of version {header.get('version')!r}; this release reads {_VERSION!r} only."
         )
-    return unflatten(tensors, json.loads(header["tree"]))
+    text = header.get("tree", "")
+    if header.get("sha256") != _digest(tensors, text):
+        raise FileError(f"{path} was changed since it was written: its checksum does not match; make it again.")
+    return unflatten(tensors, json.loads(text))
+
+
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    sha = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        sha.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return sha.hexdigest()
 
 
 def _encode(value: Any, path: str, store: Callable[[Tensor, str], str]) -> Any:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from ..core.batch import Loss
@@ -137,10 +139,10 @@ def _products(
 
 
 def _gates(groups: Sequence[Group], products: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Per group the sum of `products` over each unit: float64 on the CPU, so that small squares do not vanish."""
+    """Per group the sum of `products` over each unit: float [size], on the CPU, as a group may span devices."""
     cache: Cache = {}
     lifted = {group.name: group.lift(products, "sum", cache).values() for group in groups}
-    return {name: sum(p.cpu().double() for p in parts) for name, parts in lifted.items()}  # type: ignore[misc]
+    return {name: reduce(torch.add, [p.cpu() for p in parts]) for name, parts in lifted.items()}
 
 
 def _power(gates: Tensor, power: str) -> Tensor:

@@ -38,7 +38,10 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> Path:
         FileError: the folder holds files.
         MissingExtraError: transformers is not installed.
 
-    >>> save_pretrained(pruned, "smaller-bert")
+    >>> from transformers import BertConfig, BertModel
+    >>> tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=20)
+    >>> save_pretrained(BertModel(tiny).eval(), "smaller-bert").name
+    'smaller-bert'
     """
     if not isinstance(model, _base_class()):
         raise ModelError(f"{type(model).__qualname__} is not a transformers model: save it with save_model.")

@@ -50,7 +50,8 @@ def export_onnx(
         ProofError: the file and the model disagree; nothing was written.
         OptionError: the check was asked for a model in bfloat16, which onnxruntime cannot return.
 
-    >>> export_onnx(pruned, images, "pruned.onnx", dynamic_batch=True)
+    >>> export_onnx(nn.Linear(4, 2).eval(), torch.ones(3, 4), "pruned.onnx").name
+    'pruned.onnx'
     """
     runtime = _needed(check)
     place = Path(path)

@@ -44,7 +44,8 @@ def export_program(
         ProofError: the file and the model disagree; nothing was written.
         OptionError: the path has another suffix.
 
-    >>> export_program(pruned, images, "pruned.pt2", dynamic_batch=True)
+    >>> export_program(nn.Linear(4, 2).eval(), torch.ones(3, 4), "pruned.pt2").name
+    'pruned.pt2'
     """
     place = Path(path)
     if place.suffix != ".pt2":

@@ -55,8 +55,9 @@ def save_model(model: nn.Module, folder: str | Path, *, extra: Mapping[str, Any]
             or the disk refuses.
         OptionError: `model` is no module, a name in `extra` is not that of a file, or its value is not JSON.
 
-    >>> save_model(pruned, "smaller")
-    >>> same = load_model("smaller")
+    >>> _ = save_model(nn.Linear(4, 2), "smaller")
+    >>> load_model("smaller")
+    Linear(in_features=4, out_features=2, bias=True)
     """
     if not isinstance(model, nn.Module):
         raise OptionError(f"save_model takes a module, not {type(model).__qualname__}: pass the model itself.")

@@ -8,6 +8,7 @@ Whatever cannot be aligned is frozen with the reason: never cut what is not unde
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from ..core.dims import ONE, Atom, Concat, Dim, Fixed, Product, atoms, concat, product, size
@@ -228,40 +229,50 @@ class Solver:
         """Types of the axes of a row-major reshape of axes `dims` to `sizes`.
 
         Walks both shapes from the left and cuts them where the running products meet; atoms that a cut runs through
-        are refined, atoms in a block without a cut are frozen.
+        are refined. Where they do not meet, what is left of both is frozen.
         """
+        if 0 in sizes:
+            return self._reshape_empty(dims, sizes, why)
         pending = [f for d in dims for f in _factors(self.resolve(d))]
         out: list[Dim] = []
         for n in sizes:
-            try:
-                taken, rest = self._take(pending, n)
-            except _Unalignable:
+            taken, pending, missing = self._take(pending, n)
+            out.append(_distribute([taken, Fixed(missing)]))
+            if missing > 1:
                 for dim in pending:
                     self.freeze(dim, f"reshaped across its boundaries: {why}")
                 return out + [Fixed(m) for m in sizes[len(out) :]]
-            pending = rest
-            out.append(taken)
         return out
 
-    def _take(self, pending: list[Dim], n: int) -> tuple[Dim, list[Dim]]:
-        """The leading `n` positions of a product of factors as one type, and the factors that are left."""
+    def _reshape_empty(self, dims: Sequence[Dim], sizes: Sequence[int], why: str) -> list[Dim]:
+        """Without entries any reshape is allowed; the axes beside the empty one are followed where they align."""
+        left, right = [d for d in dims if size(d)], [n for n in sizes if n]
+        if math.prod(map(size, left)) != math.prod(right):
+            for dim in left:
+                self.freeze(dim, f"reshaped without entries: {why}")
+            return [Fixed(n) for n in sizes]
+        others = iter(self.reshape(left, right, why))
+        return [next(others) if n else Fixed(0) for n in sizes]
+
+    def _take(self, pending: list[Dim], n: int) -> tuple[Dim, list[Dim], int]:
+        """The leading `n` positions of a product of factors as one type, the factors left, what is missing of `n`."""
         taken: list[Dim] = []
-        while n > 1:
-            if not pending:
-                raise _Unalignable
-            first, pending = self.resolve(pending[0]), pending[1:]
+        while n > 1 and pending:
+            first = self.resolve(pending[0])
             m = size(first)
-            if m <= n and n % m == 0:
-                taken.append(first)
-                n //= m
-            elif m > n and m % n == 0:
-                slow, fast = self._split_product(first, n)
-                taken.append(slow)
-                pending = [*_factors(self.resolve(fast)), *pending]
-                n = 1
+            if m > n and m % n == 0:
+                try:
+                    slow, fast = self._split_product(first, n)
+                except _Unalignable:
+                    break
+            elif n % m == 0:
+                slow, fast = first, Fixed(1)
             else:
-                raise _Unalignable
-        return _distribute(taken), pending
+                break
+            taken.append(slow)
+            pending = [*_factors(self.resolve(fast)), *pending[1:]]
+            n //= size(slow)
+        return _distribute(taken), pending, n
 
 
 def _factors(dim: Dim) -> list[Dim]:

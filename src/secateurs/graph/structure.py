@@ -208,8 +208,8 @@ def trace_model(model: nn.Module, example_inputs: Any) -> tuple[Trace, bool]:
     """
     try:
         return _traced(meta_twin(model), example_inputs, "meta"), False
-    except Exception:  # noqa: BLE001, S110  (Python may ask shapes for values they do not have; the real run decides)
-        pass
+    except Exception as error:  # noqa: BLE001  (Python may ask shapes for values they do not have; the real run decides)
+        on_shapes = error
     try:
         return _traced(shared_twin(model), example_inputs, device_of(model)), True
     except ModelError:
@@ -217,7 +217,7 @@ def trace_model(model: nn.Module, example_inputs: Any) -> tuple[Trace, bool]:
     except Exception as error:
         raise ModelError(
             f"the model does not run on the example inputs ({_shapes(example_inputs)}): {type(error).__name__}: {error}"
-        ) from error
+        ) from on_shapes
 
 
 def _traced(twin: nn.Module, inputs: Any, device: torch.device | str) -> Trace:

@@ -140,7 +140,7 @@ class Call:
 UNRECORDED = frozenset({"detach", "alias", "lift_fresh"})
 
 # Ops through which Python learns a value, and may go another way on other inputs.
-DECISIVE = frozenset({"_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero"})
+DECISIVE = frozenset({"_local_scalar_dense", "equal", "nonzero"})
 
 Rule = Callable[[Call], "list[Type] | Type"]
 _R = TypeVar("_R", bound=Rule)

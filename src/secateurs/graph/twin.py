@@ -76,8 +76,7 @@ def swap_attention(model: nn.Module, paths: Iterable[str]) -> None:
     """Replace the class of the modules at `paths`, in place."""
     for path in paths:
         model.get_submodule(path).__class__ = MultiheadAttention
-    for module in model.modules():
-        inside = module.modules() if isinstance(module, nn.TransformerEncoder) else ()
-        if any(isinstance(m, MultiheadAttention) for m in inside):
+    for encoder in [m for m in model.modules() if isinstance(m, nn.TransformerEncoder)]:
+        if any(isinstance(m, MultiheadAttention) for m in encoder.modules()):
             # Nested tensors are for fused kernels only, and those derive head sizes as PyTorch's attention does.
-            module.use_nested_tensor = False
+            encoder.use_nested_tensor = False

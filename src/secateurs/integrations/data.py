@@ -66,14 +66,14 @@ def load_data(
         MissingExtraError: Pillow, transformers or datasets is not installed.
     """
     place = Path(spec)
+    if not spec.strip() or (not place.exists() and (spec.startswith((".", "/", "~")) or spec.count("/") > 1)):
+        raise DataError(f"there is no file or folder {spec!r}; {_WHAT}.")
     if place.is_dir():
         return folder_batches(place, images, size, seed)
     if place.suffix in (".npz", ".txt") or place.is_file():
         return _file(place, split, images, text, size, seed)
     if is_function(spec):
         return _loader(spec)
-    if spec.startswith((".", "/", "~")) or spec.count("/") > 1 or not spec.strip():
-        raise DataError(f"there is no file or folder {spec!r}; {_WHAT}.")
     return _hub(spec, split, images, text, size, seed)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..core.batch import move, split
 from ..core.errors import FileError, MissingExtraError, ModelError, OptionError, unknown_name
+from ..deploy.store import load_model
 from ..pruning import load
 from ..recover.context import seeded
 from .functions import is_function, named
@@ -149,7 +150,7 @@ def load_model_from(
         elif spec.startswith("torchvision/"):
             loaded = _torchvision(spec.removeprefix("torchvision/"), random_weights)
         else:
-            loaded = _local(spec, trust) or _hugging_face(spec, random_weights, trust_remote_code, batch)
+            loaded = _local(spec, trust, seed) or _hugging_face(spec, random_weights, trust_remote_code, batch)
         if shape is not None:
             loaded = replace(loaded, example_inputs=_shaped(loaded, tuple(shape)), fixed=True)
         elif loaded.example_inputs is None and loaded.images is not None:
@@ -163,14 +164,15 @@ def random_images(wanted: ImageFormat, batch: int) -> Tensor:
     return torch.randn(batch, wanted.channels, *wanted.size)
 
 
-def _local(spec: str, trust: Sequence[str]) -> LoadedModel | None:
+def _local(spec: str, trust: Sequence[str], seed: int) -> LoadedModel | None:
     """A model on this machine; None for the name of a model on a hub, or a folder of transformers."""
     place = Path(spec)
     if spec.endswith(".onnx"):
         raise OptionError(f"{spec}: ONNX files are not read yet; give the PyTorch model, as module:factory.")
+    if not spec.strip() or (not place.exists() and (spec.startswith((".", "/", "~")) or spec.count("/") > 1)):
+        raise FileError(f"there is no folder {spec!r}; {_WHAT}.")
     if (place / "model.json").is_file():
-        saved = load(spec, trust=trust)
-        return LoadedModel(saved.model, saved.report.model, saved.plan.example_inputs, fixed=True)
+        return _saved(place, trust)
     if place.is_dir() and not (place / "config.json").is_file():
         raise FileError(f"the folder {spec} holds no model: neither model.json nor config.json is in it.")
     if place.is_file():
@@ -178,21 +180,26 @@ def _local(spec: str, trust: Sequence[str]) -> LoadedModel | None:
             f"{spec} is a file; {_WHAT}: a factory can build the model and load such weights with "
             "torch.load(…, weights_only=True)."
         )
-    if is_function(spec) and not place.exists():
-        return _factory(spec)
-    if not place.exists() and (spec.startswith((".", "/", "~")) or spec.count("/") > 1 or not spec.strip()):
-        raise FileError(f"there is no folder {spec!r}; {_WHAT}.")
-    return None
+    return _factory(spec, seed) if is_function(spec) and not place.exists() else None
 
 
-def _factory(spec: str) -> LoadedModel:
+def _saved(folder: Path, trust: Sequence[str]) -> LoadedModel:
+    if not (folder / "plan.safetensors").is_file():
+        return LoadedModel(load_model(folder, trust=trust), folder.name)
+    saved = load(folder, trust=trust)
+    return LoadedModel(saved.model, saved.report.model, saved.plan.example_inputs, fixed=True)
+
+
+def _factory(spec: str, seed: int) -> LoadedModel:
     found = named(spec)
     if isinstance(found, nn.Module):
         return LoadedModel(found, spec)
     if not callable(found):
         raise OptionError(f"{spec} is a {type(found).__name__}; it must be a function that returns a model.")
     try:
-        made = found()
+        # Seeded here again: what the import drew must not shift the weights of a second model of the module.
+        with seeded(seed, "weights"):
+            made = found()
     except Exception as error:
         raise ModelError(f"{spec} failed with {type(error).__name__}: {_line(error)}") from error
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
@@ -213,7 +220,6 @@ def _timm(name: str, random_weights: bool) -> LoadedModel:
         raise unknown_name("timm model", name, timm.list_models())
     model = _fetched(f"timm/{name}", lambda: timm.create_model(name, pretrained=not random_weights))
     known: dict[str, Any] = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
-
     channels, height, width = known["input_size"]
     images = ImageFormat(
         (height, width),

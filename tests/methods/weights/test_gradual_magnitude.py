@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -32,13 +33,18 @@ def pruners(monkeypatch: pytest.MonkeyPatch) -> list[Pruner]:
 
 
 def train(
-    pruners: list[Pruner], budget: str, steps: int, how: Gradual | None = None, look: Callable[[Pruner], Any] = dict
+    pruners: list[Pruner],
+    budget: str,
+    steps: int,
+    how: Gradual | None = None,
+    look: Callable[[Pruner], Any] = id,
+    lr: float = 0.05,
 ) -> tuple[sec.Pruned, list[Any]]:
     """The result, and what `look` sees of the pruner after each step."""
     seen: list[Any] = []
     made = gradual_magnitude(
         small(), INPUTS, budget, options=how, data=batches(), measure=False,
-        recover=sec.FineTune(steps=steps, lr=0.05), on_step=lambda progress: seen.append(look(pruners[-1])),
+        recover=sec.FineTune(steps=steps, lr=lr), on_step=lambda progress: seen.append(look(pruners[-1])),
     )  # fmt: skip
     return made, seen
 
@@ -65,7 +71,7 @@ def test_masks_shrink_only_and_stay_after_the_end(pruners: list[Pruner]) -> None
     made, seen = train(
         pruners, "sparsity=80%", 40, look=lambda pruner: {name: mask.clone() for name, mask in pruner.masks.items()}
     )
-    for earlier, later in zip(seen, seen[1:], strict=False):
+    for earlier, later in pairwise(seen):
         assert not any((later[name] & ~earlier[name]).any() for name in later)
     for masks in seen[27:]:
         assert all(torch.equal(masks[name], made.masks[name]) for name in masks)
@@ -99,14 +105,24 @@ def test_other_allocations_divide_the_whole(pruners: list[Pruner], allocation: s
     assert made.plan.recipe.allocation == allocation
 
 
+def test_blocks_go_whole(pruners: list[Pruner]) -> None:
+    """24 blocks of 2 rows and 4 columns; the mean of |w| ranks them, per tensor."""
+    made, _ = train(pruners, "sparsity=75%", 20, Gradual(granularity="block:2x4"))
+    assert made.plan.counts == {"0.weight": 4, "3.weight": 2}
+    assert [group.size for group in made.plan.groups] == [16, 8]
+    for name, mask in made.masks.items():
+        tiles = mask.unfold(0, 2, 2).unfold(1, 4, 4).flatten(2)
+        assert torch.equal(tiles.all(-1), tiles.any(-1))
+        assert torch.equal(made.plan.masks(made.model)[name], mask)
+
+
 @pytest.mark.parametrize("revive", ["never", "value", "one-step"])
 def test_the_fate_of_masked_weights_reaches_the_pruner(pruners: list[Pruner], revive: str) -> None:
     made, seen = train(
-        pruners, "sparsity=60%", 40, Gradual(revive=revive), look=lambda p: [m.clone() for m in p.masks.values()]
-    )
-    returned = any((later & ~earlier).any() for a, b in zip(seen, seen[1:], strict=False)
-                   for earlier, later in zip(a, b, strict=True))  # fmt: skip
-    assert returned == (revive != "never")
+        pruners, "sparsity=60%", 40, Gradual(revive=revive), lr=1.0,
+        look=lambda pruner: torch.cat([mask.flatten() for mask in pruner.masks.values()]),
+    )  # fmt: skip
+    assert any(bool((later & ~earlier).any()) for earlier, later in pairwise(seen)) == (revive != "never")
     for name, mask in made.masks.items():
         assert torch.equal(made.model.get_parameter(name) != 0, mask)
 
@@ -127,7 +143,8 @@ def test_the_report_knows_the_training() -> None:
     assert (made.report.model, made.report.form, made.report.budget) == ("small", "mask", "sparsity=75%")
     assert list(made.report.stages) == ["pruned in training"]
     assert made.report.after.quality["accuracy"] > made.report.before.quality["accuracy"]
-    assert made.report.before.nonzero - made.report.after.nonzero == 144
+    # 48 weights, 20 biases, and scale and shift of 16 channels.
+    assert made.report.after.nonzero == 48 + 20 + 32
     assert made.report.history is not None
     assert len(made.report.history.values) == 10
     assert set(made.report.seconds) == {"training"}
@@ -154,19 +171,13 @@ def test_budgets_other_than_a_sparsity_are_refused(budget: str) -> None:
 def test_wrong_shares_of_the_training_are_refused() -> None:
     with pytest.raises(OptionError, match=r"Gradual: begin must come before end, got 0\.7 and 0\.3"):
         Gradual(begin=0.7, end=0.3)
-    with pytest.raises(
-        OptionError, match=r"Gradual: begin must be .* got -1; end must be .* got 2; updates must .* got 0"
-    ):
+    with pytest.raises(OptionError, match=r"Gradual: begin must .* got -1; end must .* got 2; updates must .* got 0"):
         Gradual(begin=-1, end=2, updates=0)
+    with pytest.raises(OptionError, match=r"Gradual: granularity must be weight or block:ROWSxCOLUMNS, got 'channel'"):
+        Gradual(granularity="channel")
+    arguments = {"data": batches(), "recover": sec.FineTune(epochs=1)}
     with pytest.raises(OptionError, match=r"final 0\.5 is below initial 0\.8"):
-        gradual_magnitude(
-            small(),
-            INPUTS,
-            "sparsity=50%",
-            options=Gradual(initial=0.8),
-            data=batches(),
-            recover=sec.FineTune(epochs=1),
-        )
+        gradual_magnitude(small(), INPUTS, "sparsity=50%", options=Gradual(initial=0.8), **arguments)
 
 
 class Tied(nn.Module):

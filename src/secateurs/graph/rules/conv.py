@@ -54,12 +54,11 @@ def convolution(call: Call) -> Type:
 
 
 @rule(
-    "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d",
-    "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d",
-    "_adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "upsample_nearest1d",
-    "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d",
-    "_upsample_nearest_exact3d", "upsample_bilinear2d", "_upsample_bilinear2d_aa", "upsample_bicubic2d",
-    "_upsample_bicubic2d_aa", "upsample_linear1d", "upsample_trilinear3d",
+    "max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d",
+    "_adaptive_avg_pool3d", "adaptive_max_pool2d", "adaptive_max_pool3d", "upsample_nearest1d", "upsample_nearest2d",
+    "upsample_nearest3d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d",
+    "upsample_linear1d", "upsample_bilinear2d", "_upsample_bilinear2d_aa", "upsample_bicubic2d",
+    "_upsample_bicubic2d_aa", "upsample_trilinear3d",
 )  # fmt: skip
 def resample(call: Call) -> list[Type]:
     """Pooling and resizing: batch and channels pass, spatial axes are fixed. Averages and maxima of zeros are zero."""

@@ -50,8 +50,8 @@ def index_select(call: Call) -> Type:
 
 @rule(
     "gather", "scatter", "scatter_add", "scatter_reduce", "index_put", "_index_put_impl", "index_add", "index_copy",
-    "index_fill", "masked_select", "masked_scatter", "take", "grid_sampler_2d", "take_along_dim", "put",
-    "_unsafe_index_put", "isin", "bincount", "one_hot", "histc",
+    "index_fill", "masked_select", "masked_scatter", "take", "grid_sampler_2d", "put", "_unsafe_index_put", "isin",
+    "bincount", "histc",
 )  # fmt: skip
 def scattered(call: Call) -> list[Type]:
     """Positions written or read by data on every axis: all are fixed."""

@@ -14,10 +14,10 @@ __all__ = ["broadcast", "fixed", "pointwise"]
 
 # Ops with f(0) = 0 in their first argument, so that an exact zero stays one (some only with the right constants).
 _ZERO_PRESERVING = {
-    "relu", "relu6", "gelu", "silu", "tanh", "hardswish", "mish", "neg", "abs", "sqrt", "sin", "tan", "erf", "sgn",
-    "sign", "leaky_relu", "_prelu_kernel", "elu", "selu", "celu", "square", "expm1", "log1p", "atan", "asinh", "asin",
-    "sinh", "softshrink", "hardshrink", "clone", "detach", "alias", "_to_copy", "lift_fresh", "contiguous", "pow",
-    "native_dropout", "dropout", "div", "round", "trunc", "floor", "ceil", "nan_to_num", "real", "rrelu_with_noise",
+    "relu", "gelu", "silu", "tanh", "hardswish", "mish", "neg", "abs", "sqrt", "sin", "tan", "erf", "sgn",
+    "sign", "leaky_relu", "_prelu_kernel", "elu", "celu", "square", "expm1", "log1p", "atan", "asinh", "asin",
+    "sinh", "softshrink", "hardshrink", "clone", "detach", "alias", "_to_copy", "lift_fresh", "pow",
+    "native_dropout", "div", "round", "trunc", "floor", "ceil", "nan_to_num", "real", "rrelu_with_noise",
     "clamp", "clamp_min", "clamp_max", "hardtanh", "threshold", "masked_fill",
 }  # fmt: skip
 # Ops that are exactly zero where all their operands are.
@@ -107,11 +107,10 @@ def _note_singular(call: Call, kinds: Sequence[Type]) -> None:
 
 
 @rule(
-    "pointwise", "clone", "detach", "alias", "_to_copy", "lift_fresh", "contiguous", "copy", "hardswish", "hardtanh",
-    "where", "masked_fill", "native_dropout", "dropout", "bernoulli", "fill", "zeros_like", "ones_like", "empty_like",
-    "full_like", "rand_like", "randn_like", "lerp", "addcmul", "addcdiv", "relu6", "zero", "_prelu_kernel",
-    "logical_not", "isnan", "conj", "_conj", "normal", "uniform", "relu", "gelu", "silu", "log_sigmoid_forward",
-    "rrelu_with_noise", "mish", "elu", "celu", "selu",
+    "pointwise", "clone", "detach", "alias", "_to_copy", "lift_fresh", "copy", "hardswish", "hardtanh", "where",
+    "masked_fill", "native_dropout", "bernoulli", "fill", "zeros_like", "ones_like", "empty_like", "full_like",
+    "rand_like", "randn_like", "lerp", "addcmul", "addcdiv", "zero", "_prelu_kernel", "logical_not", "_conj", "normal",
+    "uniform", "relu", "gelu", "silu", "log_sigmoid_forward", "rrelu_with_noise", "mish", "elu", "celu",
 )  # fmt: skip
 def pointwise(call: Call) -> list[Type]:
     """Same axes in and out. Also the default for every op that PyTorch tags as pointwise."""

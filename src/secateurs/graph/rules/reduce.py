@@ -40,7 +40,7 @@ def reduce(call: Call) -> list[Type]:
     return [Type(tuple(dims), zero and t.is_floating_point()) for t in call.outputs]
 
 
-@rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax", "logcumsumexp")
+@rule("_softmax", "_log_softmax", "_safe_softmax", "logcumsumexp")
 def softmax(call: Call) -> Type:
     """Values of one axis normalised by their sum."""
     kind = call.types()[0]
@@ -49,7 +49,7 @@ def softmax(call: Call) -> Type:
     return Type(kind.dims)
 
 
-@rule("cumsum", "cumprod", "sort", "topk", "triu", "tril", "argsort", "cummax", "cummin")
+@rule("cumsum", "cumprod", "sort", "topk", "triu", "tril", "cummax", "cummin")
 def ordered(call: Call) -> list[Type]:
     """Positions are ordered along an axis, so it is fixed."""
     kind = call.types()[0]
@@ -61,15 +61,9 @@ def ordered(call: Call) -> list[Type]:
     return [Type(tuple(dims)) for _ in call.outputs]
 
 
-@rule("_local_scalar_dense", "item", "equal", "nonzero", "is_nonzero", "_assert_async")
+@rule("_local_scalar_dense", "equal", "nonzero", "_assert_async")
 def read(call: Call) -> list[Type]:
     """Python looks at values: what it does with them is not known."""
     for kind in call.types():
         call.freeze(kind.dims, f"values read by Python: {call.why}")
-    return fixed(call)
-
-
-@rule("sym_size", "sym_numel", "sym_stride", "is_same_size", "size", "stride", "dim")
-def shape_only(call: Call) -> list[Type]:
-    """Sizes are read, not values."""
     return fixed(call)

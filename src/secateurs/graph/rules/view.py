@@ -43,7 +43,7 @@ def _spans(sizes: Sequence[int]) -> list[tuple[int, int]]:
     return list(pairwise(ends))
 
 
-@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten", "_reshape_copy", "view_copy")
+@rule("view", "_unsafe_view", "_reshape_alias", "_reshape_copy", "view_copy")
 def reshape(call: Call) -> Type:
     """Row-major reshape."""
     kind, _ = _one(call)
@@ -55,12 +55,12 @@ def reshape(call: Call) -> Type:
     return Type(dims, kind.zero, kind.param, _covered(kind.axes, sizes, shape))
 
 
-@rule("t", "transpose", "permute", "numpy_T", "movedim", "transpose_copy", "permute_copy")
+@rule("t", "transpose", "permute", "transpose_copy", "permute_copy")
 def permute(call: Call) -> Type:
     """Axes in another order."""
     kind, rank = _one(call)
     order = list(range(rank))
-    if call.name == "permute":
+    if "dims" in call.args:
         order = [call.axis(d, rank) for d in call.args["dims"]]
     elif "dim0" in call.args:
         a, b = call.axis(call.args["dim0"], rank), call.axis(call.args["dim1"], rank)
@@ -88,7 +88,7 @@ def squeeze(call: Call) -> Type:
     return _view(kind, [i for i, d in enumerate(kind.dims) if not (i in axes and size(d) == 1)])
 
 
-@rule("expand", "broadcast_to")
+@rule("expand")
 def expand(call: Call) -> Type:
     """Axes of one position repeated; how often is a number in the code, so it is fixed."""
     kind, rank = _one(call)
@@ -98,7 +98,7 @@ def expand(call: Call) -> Type:
     return Type(tuple(d if size(d) == n else Fixed(n) for d, n in zip(own, shape, strict=True)), kind.zero)
 
 
-@rule("repeat", "tile")
+@rule("repeat")
 def repeat(call: Call) -> Type:
     """Each axis repeated as a whole: the repetition is the slow factor."""
     kind, rank = _one(call)
@@ -120,7 +120,7 @@ def repeat_interleave(call: Call) -> list[Type]:
     return [Type(tuple(dims), kind.zero)]
 
 
-@rule("cat", "concat", "concatenate")
+@rule("cat")
 def cat(call: Call) -> Type:
     """One axis joined, the others one."""
     kinds = [k for k, t in zip(call.types(), call.tensors(), strict=True) if t.numel() or t.dim() > 1]
@@ -142,7 +142,7 @@ def stack(call: Call) -> Type:
     return Type(tuple(dims), all(k.zero for k in kinds))
 
 
-@rule("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk")
+@rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes")
 def split(call: Call) -> list[Type]:
     """One axis cut into consecutive parts."""
     kind, rank = _one(call)
@@ -157,7 +157,7 @@ def split(call: Call) -> list[Type]:
     return out
 
 
-@rule("slice", "narrow")
+@rule("slice")
 def slice_(call: Call) -> Type:
     """A range of one axis. A step other than one fixes it."""
     kind, rank = _one(call)
@@ -184,7 +184,7 @@ def select(call: Call) -> list[Type]:
     return [Type(dims, kind.zero) for _ in call.outputs]
 
 
-@rule("constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d", "pad")
+@rule("constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d")
 def pad(call: Call) -> Type:
     """Positions added at the ends of the last axes; how many is a number in the code, so they are fixed."""
     kind, rank = _one(call)

@@ -125,7 +125,7 @@ def rethinking_value(
         build: makes the untrained large network for a seed.
         example_inputs: as for `plan`.
         budget: what the architecture is pruned to.
-        data: training batches, or a function from the number of the pass to them.
+        data: training batches, or a function from the number of the pass to them; criteria look at the first pass.
         test: batches with labels; nothing is chosen by them.
         options: hyperparameters.
         on_arm: told each arm's accuracies when all seeds are done.
@@ -139,7 +139,7 @@ def rethinking_value(
     how, tests = options or Protocol(), take(test, what="test data")
     chosen = {"criterion": "magnitude", "allocation": "uniform", "criterion_options": {"members": "out"}, **pruning}
     # A budget that cannot be met is refused now and not after the dense training.
-    plan(build(how.seeds[0]), example_inputs, budget, **chosen)
+    plan(build(how.seeds[0]), example_inputs, budget, data=_first(data), **chosen)
     results: dict[str, list[float]] = {}
     for seed in how.seeds:
         for name, accuracy in _one_seed(build, example_inputs, budget, data, tests, how, seed, chosen):
@@ -158,11 +158,11 @@ def _one_seed(
     dense = build(seed)
     initial = snapshot(dense)
     _train(dense, data, how, how.epochs, how.lr, seed, "step")
-    decided = plan(dense, example_inputs, budget, seed=seed, **pruning)
+    decided = plan(dense, example_inputs, budget, data=_first(data), seed=seed, **pruning)
     masks = None if decided.structure else decided.masks(dense)
 
     def pruned() -> nn.Module:
-        return decided.mask(dense) if masks else decided.cut(dense)
+        return decided.cut(dense) if masks is None else decided.mask(dense)
 
     costs = macs(dense, example_inputs), decided.cost("macs", relative=False)
     found = [("dense", _accuracy(dense, test)), ("pruned", _accuracy(pruned(), test))]
@@ -175,7 +175,7 @@ def _one_seed(
         reinitialize(fresh, masks, seed=seed)
         trained = _train(fresh, data, how, epochs, how.lr, seed, "step", masks)
         found.append((f"scratch-{name}", _accuracy(trained, test)))
-    if masks:
+    if masks is not None:
         ticket = pruned()
         rewind(ticket, initial, masks)
         found.append(("lottery", _accuracy(_train(ticket, data, how, how.epochs, how.lr, seed, "step", masks), test)))
@@ -192,6 +192,10 @@ def _train(
     return model
 
 
+def _first(data: Data) -> Iterable[Any]:
+    return data(0) if callable(data) else data
+
+
 def _accuracy(model: nn.Module, test: Sequence[Any]) -> float:
     return evaluate(model, test, ("accuracy",))["accuracy"]
 
@@ -201,7 +205,7 @@ METHOD = method(
         name="rethinking-value",
         title="Rethinking the Value of Network Pruning",
         arxiv="1810.05270",
-        units=("channel", "weight", "layer"),
+        units=("channel", "weight"),
         when=("after training",),
         how="comparison of fine-tuning with Scratch-E, Scratch-B and lottery initialisation",
         run=rethinking_value,

@@ -12,8 +12,8 @@ Defaults. s_i = 0 and exponent 3 are the paper's. Masks are updated from 10% to 
 repair, late enough that weights carry information. The published code counts steps (begin 0, every 10 or 100), which
 `train.GradualMagnitude` takes for any loop of your own; here shares of the training stand for them.
 
-What the code has and the paper does not: three fates of a masked weight (`revive`), targets by regular expression,
-blocks, first- and second-order scores. All are options of `train.GradualMagnitude`.
+What the code has and the paper does not: three fates of a masked weight (`revive`) and blocks (`granularity`); targets
+by regular expression, first- and second-order scores, which are options of `train.GradualMagnitude`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from ...core.allocate import get_allocation
 from ...core.budget import Budget
 from ...core.catalogue import Method, method
 from ...core.errors import BudgetError, OptionError
+from ...planning import Granularity
 from ...pruning import FineTune, Pruned, prune_in_training
 from ...train.magnitude import GradualMagnitude
 from ...train.masking import Revive
@@ -46,6 +47,7 @@ class Gradual:
         exponent: of the curve (3, the paper).
         allocation: "uniform" gives each tensor the same sparsity (the paper).
         revive: fate of a masked weight: "never", "value" or "one-step".
+        granularity: "weight", or "block:4x1" and the like, ranked by the mean of |w| in a block (the code).
     """
 
     begin: Annotated[float, Between(0, 1)] = 0.1
@@ -55,11 +57,14 @@ class Gradual:
     exponent: Annotated[float, Between(0, closed="neither")] = 3.0
     allocation: Annotated[str, Registered(get_allocation)] = "uniform"
     revive: Annotated[Revive, OneOf(get_args(Revive))] = "never"
+    granularity: Annotated[str, Registered(Granularity.parse)] = "weight"
 
     def __post_init__(self) -> None:
         check(self)
         if self.begin >= self.end:
             raise OptionError(f"Gradual: begin must come before end, got {self.begin} and {self.end}.")
+        if Granularity.parse(self.granularity).kinds:
+            raise OptionError(f"Gradual: granularity must be weight or block:ROWSxCOLUMNS, got {self.granularity!r}.")
 
 
 def gradual_magnitude(
@@ -89,12 +94,12 @@ def gradual_magnitude(
         return GradualMagnitude(
             trained, optimizer, sparsity=asked.value, initial=how.initial, begin=begin, end=end,
             every=max(1, (end - begin) // how.updates), exponent=how.exponent, allocation=how.allocation,
-            revive=how.revive, **chosen,
+            revive=how.revive, block=Granularity.parse(how.granularity).block, **chosen,
         )  # fmt: skip
 
     return prune_in_training(
-        model, example_inputs, budget, pruner, recover=recover, allocation=how.allocation, settings=asdict(how),
-        **common,
+        model, example_inputs, budget, pruner, recover=recover, granularity=how.granularity,
+        allocation=how.allocation, settings=asdict(how), **common,
     )  # fmt: skip
 
 
