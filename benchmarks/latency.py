@@ -44,7 +44,7 @@ def main() -> None:
         held=f"At batch 64 the measured speed-up is {best:.0%} of the ideal ({holds(best >= 0.75)}).",
         columns=("rounding", "batch", "MACs left", "ideal", "times faster (p10–p90)", "of the ideal"),
         rows=rows,
-        data="random images of 32×32, pretrained ResNet-56, evaluation mode; all models in turn, paired within each round",
+        data="random images of 32×32, pretrained ResNet-56, evaluation mode; all models in turn, paired by round",
     )
 
 

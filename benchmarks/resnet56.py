@@ -37,14 +37,14 @@ def main() -> None:
     record(
         "resnet56",
         system="core",
-        claim="At half the MACs most of the accuracy comes back: some with batch-norm statistics, more with short training.",
+        claim="At half the MACs most accuracy comes back: some with batch-norm statistics, more with short training.",
         held="Of 92.7 dense, after two epochs: " + "; ".join(f"{name} {end}" for name, end in ends.items()) + ".",
         columns=("recipe", "MACs left", *STAGES),
         rows=rows,
         data="CIFAR-10, pretrained ResNet-56 (92.7 dense), 1,017 exact test images; 1,024 images for calibration, "
         f"{EPOCHS} epochs on 8,068 exact images",
         seeds=SEEDS,
-        note="Recovery: SGD 0.02 with momentum, cosine. Seeds change the batches; magnitude's one-shot cut has no seed.",
+        note="Recovery: SGD 0.02, cosine. Seeds change the batches; magnitude's one-shot cut has none.",
     )
 
 

@@ -72,7 +72,7 @@ def main() -> None:
         "The lottery ticket's initial weights gain nothing at a large rate.",
         held=(
             f"Filters, half the channels: Scratch-E minus the best fine-tuning {c1[0]:+.2f}, B - E "
-            f"{c1[1]:+.2f} points ({holds(c1[0] >= -0.3 and c1[1] >= -0.2)}). Weights at 95%: fine-tuning at 0.05 minus "
+            f"{c1[1]:+.2f} points ({holds(c1[0] >= -0.3 and c1[1] >= -0.2)}). Weights at 95%: fine-tune at 0.05 minus "
             f"Scratch-E {c2[0]:+.2f} ({holds(c2[0] > 0)}), at the paper's 0.001 {c2[1]:+.2f} ({holds(c2[1] > 0)}). "
             f"Lottery minus fresh weights: {c3[0]:+.2f} at 80%, {c3[1]:+.2f} at 95% ({holds(max(c3) <= 0.3)})."
         ),

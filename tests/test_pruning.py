@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import secateurs as sec
 from secateurs import planning, pruning
@@ -265,8 +265,24 @@ def test_a_shuffling_loader_follows_the_seed() -> None:
         torch.manual_seed(noise)
         return prune(model, data=loader, criterion="taylor", recover=sec.FineTune(epochs=1), seed=seed)
 
-    assert state(made(0, 1).model) == state(made(0, 2).model)
+    first, again = made(0, 1), made(0, 2)
+    assert first.plan.scores["0"].equal(again.plan.scores["0"])
+    assert state(first.model) == state(again.model)
     assert state(made(0, 1).model) != state(made(1, 1).model)
+
+
+class Stream(IterableDataset[Any]):
+    """Samples without a length."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return ((x, y) for inputs, labels in batches() for x, y in zip(inputs, labels, strict=True))
+
+
+def test_a_loader_without_a_length_will_do() -> None:
+    loader = DataLoader(Stream(), batch_size=8)
+    made, wanted = (prune(net(), data=data, criterion="taylor") for data in (loader, batches()))
+    assert state(made.model) == state(wanted.model)
+    assert sec.FineTune(epochs=2).total_steps(loader) == 8
 
 
 @pytest.mark.parametrize("nothing", [[], (), iter(())])

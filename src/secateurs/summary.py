@@ -64,8 +64,10 @@ def quality_of(model: nn.Module, data: Sequence[Any]) -> dict[str, float]:
     Raises:
         DataError: the batches carry no labels.
     """
-    _, target = split(data[0])
-    if target is None:
+    inputs, target = split(data[0])
+    labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+    # One label a row is a class; one a token, or none at all, is a language model's.
+    if target is None and (labels is None or labels.dim() > 1):
         return evaluate(model, data, ("perplexity", "nll"))
     return evaluate(model, data, ("accuracy", "nll", "ece"))
 

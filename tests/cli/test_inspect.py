@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def test_what_stays_is_named_with_its_reason(workplace: Path) -> None:
     shown = run(*NET).out
     assert "7.weight (4): an axis of the model's output" in shown
     assert "2 groups of units can be pruned" in shown
-    assert "0.bias, 1.weight, 1.bias and" in shown
+    assert re.search(r"^ 0 .* 1, 3 *$", shown, flags=re.MULTILINE)
 
 
 def test_times_are_shares(workplace: Path) -> None:

@@ -71,7 +71,10 @@ def test_resuming_does_not_begin_again(workplace: Path, monkeypatch: pytest.Monk
         return whole(recipe, epoch, before)
 
     monkeypatch.setattr(finetune, "_pass", stop_after_two)
-    assert run(*WORDS, "--out", "smaller").code == 1
+    stopped = run(*WORDS, "--out", "smaller")
+    assert stopped.code == 1
+    assert "note: what is done so far is kept in smaller.work; --resume goes on from there." in stopped.err
+    assert stopped.error == "error: unexpected RuntimeError: pulled the plug; --debug shows where."
     assert run(*WORDS, "--out", "smaller", "--resume").code == 0
     assert passes == [0, 1, -1, 2, 3]
 

@@ -12,6 +12,7 @@ from tests.cli.running import run
 
 import secateurs
 from secateurs.cli import _session
+from secateurs.recover import Progress
 
 SRC = Path(secateurs.__file__).resolve().parent
 COMMANDS = ("prune", "inspect", "methods", "report", "bench", "demo")
@@ -84,6 +85,20 @@ def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     captured = capsys.readouterr()
     assert captured.out == "shown [bold] as it is\n"
     assert captured.err == ""
+
+
+def test_a_terminal_has_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    with _session.session(as_json=True, debug=False) as talk, _session.Stages(talk) as stages:
+        stages.begin("planning")
+        stages.begin("recovering")
+        stages.step(Progress(step=3, epoch=0, share=0.5, loss=1.25, lr=0.1))
+        stages._bar.refresh()
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "recovering" in captured.err
+    assert "loss 1.250" in captured.err
 
 
 def test_threads_are_put_back() -> None:

@@ -158,6 +158,15 @@ def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None
     )
 
 
+def test_a_build_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_name: str) -> None:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr("secateurs.integrations.models.importlib.import_module", fail)
+    with pytest.raises(ModelError, match=r"timm cannot be imported \(operator torchvision::nms does not exist\)"):
+        load_model_from("timm/resnet18")
+
+
 @pytest.mark.parametrize(
     ("package", "spec"), [("timm", "timm/x"), ("torchvision", "torchvision/x"), ("transformers", "name")]
 )

@@ -65,10 +65,12 @@ def close(work: Path) -> None:
     shutil.rmtree(work)
 
 
-def close_if_unused(work: Path) -> None:
-    """None; removes the work folder of a run that failed before it had anything worth keeping."""
-    if [path.name for path in work.iterdir()] == [_SETTINGS]:
+def close_if_unused(work: Path) -> bool:
+    """Whether the run failed before it had anything worth keeping; its work folder is gone then."""
+    unused = [path.name for path in work.iterdir()] == [_SETTINGS]
+    if unused:
         close(work)
+    return unused
 
 
 def _write(path: Path, settings: Mapping[str, Any]) -> None:

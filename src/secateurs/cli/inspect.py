@@ -148,7 +148,7 @@ def _shown(found: dict[str, Any]) -> list[Any]:
             count(group["params_per_unit"]),
             count(group["macs_per_unit"]),
             *([share(group["time"])] if timed else []),
-            _listed(group["along"]),
+            _listed(_layers(group)),
         ]
         for group in found["groups"]
     ]
@@ -171,6 +171,13 @@ def _frozen(frozen: list[dict[str, Any]]) -> list[str]:
     for width in frozen:
         reasons.setdefault(width["reason"], []).append(f"{width['tensor']} ({width['size']})")
     return [f"  {_listed(tensors)}: {reason}" for reason, tensors in reasons.items()]
+
+
+def _layers(group: dict[str, Any]) -> list[str]:
+    """The other layers that lose something with the group's units."""
+    from ..report.words import module_of
+
+    return [layer for layer in dict.fromkeys(map(module_of, group["along"])) if layer != module_of(group["tensor"])]
 
 
 def _listed(names: list[str]) -> str:

@@ -184,7 +184,8 @@ def prune(
                     **options,
                 )
         except Exception:
-            _work.close_if_unused(work)
+            if not _work.close_if_unused(work):
+                talk.say(f"note: what is done so far is kept in {work}; --resume goes on from there.")
             raise
         made.report = replace(made.report, command=_command(context))
         made.save(place)

@@ -39,7 +39,7 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> Path:
         MissingExtraError: transformers is not installed.
 
     >>> from transformers import BertConfig, BertModel
-    >>> tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=20)
+    >>> tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     >>> save_pretrained(BertModel(tiny).eval(), "smaller-bert").name
     'smaller-bert'
     """

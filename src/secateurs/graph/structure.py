@@ -214,7 +214,7 @@ def trace_model(model: nn.Module, example_inputs: Any) -> tuple[Trace, bool]:
         return _traced(shared_twin(model), example_inputs, device_of(model)), True
     except ModelError:
         raise
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  (whatever it is, the user is told)
         raise ModelError(
             f"the model does not run on the example inputs ({_shapes(example_inputs)}): {type(error).__name__}: {error}"
         ) from on_shapes

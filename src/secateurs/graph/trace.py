@@ -121,6 +121,10 @@ class Call:
         """A possibly negative axis number as a non-negative one."""
         return value + rank if value < 0 else value
 
+    def all_fixed(self, dims: tuple[Dim, ...]) -> bool:
+        """Whether no position of `dims` can go."""
+        return all(isinstance(self.trace.solver.resolve(d), Fixed) for d in dims)
+
     def doubt(self, dim: Dim, why: str) -> None:
         """Note that removing units of `dim` changes this op's result where zeroing them does not, or the other way."""
         self.doubts.append((dim, why))
@@ -210,8 +214,8 @@ class _Flow:
 
 
 def _memory(tensor: Tensor) -> int:
-    """What tensors that share memory have in common."""
-    return int(tensor.untyped_storage()._cdata)
+    """What tensors that share memory have in common; a sparse tensor shares none."""
+    return id(tensor) if tensor.layout != torch.strided else int(tensor.untyped_storage()._cdata)
 
 
 class Tracer(TorchDispatchMode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -211,15 +212,11 @@ def _factory(spec: str, seed: int) -> LoadedModel:
 
 
 def _timm(name: str, random_weights: bool) -> LoadedModel:
-    try:
-        import timm
-        from timm.data.config import resolve_model_data_config
-    except ImportError as error:
-        raise MissingExtraError("timm", "vision") from error
+    timm = _library("timm")
     if not timm.is_model(name):
         raise unknown_name("timm model", name, timm.list_models())
     model = _fetched(f"timm/{name}", lambda: timm.create_model(name, pretrained=not random_weights))
-    known: dict[str, Any] = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
+    known = timm.data.resolve_model_data_config(model)
     channels, height, width = known["input_size"]
     images = ImageFormat(
         (height, width),
@@ -233,10 +230,7 @@ def _timm(name: str, random_weights: bool) -> LoadedModel:
 
 
 def _torchvision(name: str, random_weights: bool) -> LoadedModel:
-    try:
-        from torchvision import models
-    except ImportError as error:
-        raise MissingExtraError("torchvision", "vision") from error
+    models = _library("torchvision").models
     if name not in models.list_models():
         raise unknown_name("torchvision model", name, models.list_models())
     weights = models.get_model_weights(name)
@@ -251,6 +245,23 @@ def _torchvision(name: str, random_weights: bool) -> LoadedModel:
         (side, side), 3, tuple(wanted.mean), tuple(wanted.std), side / shorter, wanted.interpolation.value
     )
     return LoadedModel(model, f"torchvision/{name}", images=images)
+
+
+def _library(name: str) -> Any:
+    """The library of pictures.
+
+    Raises:
+        MissingExtraError: it is not installed.
+        ModelError: it is, but for another build of PyTorch.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingExtraError(name, "vision") from error
+    except RuntimeError as error:
+        raise ModelError(
+            f"{name} cannot be imported ({_line(error)}): install the build that fits PyTorch's."
+        ) from error
 
 
 def _fetched(name: str, make: Callable[[], nn.Module]) -> nn.Module:
@@ -276,7 +287,7 @@ def _hugging_face(spec: str, random_weights: bool, trust_remote_code: bool, batc
     images = hub.images_of(spec, model.config)
     return LoadedModel(
         model,
-        spec,
+        Path(spec).name if Path(spec).is_dir() else spec,
         hub.inputs_of(model, batch, None if images is None else random_images(images, batch)),
         images,
         hub.text_of(spec, model, trust_remote_code),

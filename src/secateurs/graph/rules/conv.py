@@ -31,13 +31,16 @@ def convolution(call: Call) -> Type:
     _spatial(call, weight)
     group = solver.fresh(groups)
     if transposed:
+        within = solver.fresh(size(channels) // groups)
         solver.unify(channels, weight.dims[0], call.why)
-        solver.unify(channels, product(group, solver.fresh(size(channels) // groups)), call.why)
         out = product(group, weight.dims[1])
     else:
-        solver.unify(channels, product(group, weight.dims[1]), call.why)
+        within = weight.dims[1]
         out = weight.dims[0]
         solver.unify(out, product(group, solver.fresh(size(out) // groups)), call.why)
+    solver.unify(channels, product(group, within), call.why)
+    if not (x.zero or weight.zero):
+        call.doubt(within, f"summed over values that zeroing does not make zero: {call.why}")
     if bias is not None:
         solver.unify(call.type_of(bias).dims[0], out, call.why)
     if groups > 1:
@@ -49,7 +52,7 @@ def convolution(call: Call) -> Type:
     pixels = fixed_dims(call.args["input"] if transposed else call.outputs[0])[first + 1 :]
     across = (channels if transposed else out, weight.dims[1])
     call.trace.macs.append(((*x.dims[:first], *across, *weight.dims[2:], *pixels), call.module))
-    zero = weight.zero and (bias is None or call.type_of(bias).zero)
+    zero = weight.zero and (bias is None or call.type_of(bias).zero) and call.all_fixed(x.dims[:first])
     return Type((*x.dims[:first], out, *fixed_dims(call.outputs[0])[first + 1 :]), zero)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from ...core.dims import Dim, Fixed, product, size
 from ..trace import Call, Type, rule
 
@@ -32,25 +30,27 @@ def _statistics(call: Call, dims: tuple[Dim, ...]) -> list[Type]:
 def batch_norm(call: Call) -> list[Type]:
     """Each channel by itself: scale, shift and running statistics go with it."""
     kind = call.types()[0]
+    others = (kind.dims[0], *kind.dims[2:])
     zero = _affine(call, kind.dims[1], "weight", "bias")
     _affine(call, kind.dims[1], "running_mean", "running_var")
-    return [Type(kind.dims, zero), *_statistics(call, (kind.dims[1],))]
+    if call.args.get("training", call.name == "_batch_norm_with_update"):
+        _normalised(call, others)
+    return [Type(kind.dims, zero and call.all_fixed(others)), *_statistics(call, (kind.dims[1],))]
 
 
 @rule("native_layer_norm", "_fused_rms_norm")
 def layer_norm(call: Call) -> list[Type]:
     """Mean and variance run over the normalised axes, so removal there differs from zeroing."""
     kind = call.types()[0]
-    shape = call.args["normalized_shape"]
-    axes = kind.dims[len(kind.dims) - len(shape) :]
-    params: list[Tensor] = [call.args[name] for name in ("weight", "bias") if call.args.get(name) is not None]
-    for tensor in params:
-        for own, dim in zip(call.type_of(tensor).dims, axes, strict=True):
+    rank = len(call.args["normalized_shape"])
+    lead, axes = kind.dims[:-rank], kind.dims[-rank:]
+    params = [call.type_of(call.args[n]) for n in ("weight", "bias") if call.args.get(n) is not None]
+    for param in params:
+        for own, dim in zip(param.dims, axes, strict=True):
             call.trace.solver.unify(own, dim, call.why)
-    for dim in axes:
-        call.doubt(dim, f"normalised over: {call.why}")
-    rest = _statistics(call, (*kind.dims[: len(kind.dims) - len(shape)], *([Fixed(1)] * len(shape))))
-    return [Type(kind.dims, bool(params) and all(call.type_of(t).zero for t in params)), *rest]
+    _normalised(call, axes)
+    zero = bool(params) and all(p.zero for p in params) and call.all_fixed(lead)
+    return [Type(kind.dims, zero), *_statistics(call, (*lead, *([Fixed(1)] * rank)))]
 
 
 @rule("native_group_norm")
@@ -61,7 +61,12 @@ def group_norm(call: Call) -> list[Type]:
     group = solver.fresh(call.args["group"])
     within = solver.fresh(size(channels) // size(group))
     solver.unify(channels, product(group, within), call.why)
-    zero = _affine(call, channels, "weight", "bias")
-    call.doubt(within, f"normalised over: {call.why}")
+    zero = _affine(call, channels, "weight", "bias") and call.all_fixed((kind.dims[0], *kind.dims[2:]))
+    _normalised(call, (within, *kind.dims[2:]))
     call.trace.edits[f"{call.module}.num_groups"] = group
     return [Type(kind.dims, zero), *_statistics(call, (kind.dims[0], group))]
+
+
+def _normalised(call: Call, dims: tuple[Dim, ...]) -> None:
+    for dim in dims:
+        call.doubt(dim, f"normalised over: {call.why}")

@@ -17,7 +17,7 @@ _ZERO_PRESERVING = {
     "relu", "gelu", "silu", "tanh", "hardswish", "mish", "neg", "abs", "sqrt", "sin", "tan", "erf", "sgn",
     "sign", "leaky_relu", "_prelu_kernel", "elu", "celu", "square", "expm1", "log1p", "atan", "asinh", "asin",
     "sinh", "softshrink", "hardshrink", "clone", "detach", "alias", "_to_copy", "lift_fresh", "pow",
-    "native_dropout", "div", "round", "trunc", "floor", "ceil", "nan_to_num", "real", "rrelu_with_noise",
+    "native_dropout", "div", "round", "trunc", "floor", "ceil", "nan_to_num", "rrelu_with_noise",
     "clamp", "clamp_min", "clamp_max", "hardtanh", "threshold", "masked_fill",
 }  # fmt: skip
 # Ops that are exactly zero where all their operands are.
@@ -109,8 +109,8 @@ def _note_singular(call: Call, kinds: Sequence[Type]) -> None:
 @rule(
     "pointwise", "clone", "detach", "alias", "_to_copy", "lift_fresh", "copy", "hardswish", "hardtanh", "where",
     "masked_fill", "native_dropout", "bernoulli", "fill", "zeros_like", "ones_like", "empty_like", "full_like",
-    "rand_like", "randn_like", "lerp", "addcmul", "addcdiv", "zero", "_prelu_kernel", "logical_not", "_conj", "normal",
-    "uniform", "relu", "gelu", "silu", "log_sigmoid_forward", "rrelu_with_noise", "mish", "elu", "celu",
+    "rand_like", "randn_like", "lerp", "addcmul", "addcdiv", "zero", "_prelu_kernel", "logical_not", "normal",
+    "uniform", "rsub", "relu", "gelu", "silu", "log_sigmoid_forward", "rrelu_with_noise", "mish", "elu", "celu",
 )  # fmt: skip
 def pointwise(call: Call) -> list[Type]:
     """Same axes in and out. Also the default for every op that PyTorch tags as pointwise."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from ...core.dims import Dim, Fixed
 from ..trace import Call, Type, rule
-from .pointwise import fixed, pointwise
+from .pointwise import fixed
 
 __all__: list[str] = []
 
@@ -24,14 +26,12 @@ def _reduced(call: Call, kind: Type) -> list[int]:
 def reduce(call: Call) -> list[Type]:
     """Axes folded into one number. Only a sum of exact zeros does not notice what was removed."""
     kind = call.types()[0]
-    if call.name in ("max", "min") and len(call.tensors()) > 1:
-        return pointwise(call)
     axes = _reduced(call, kind)
     neutral = call.name == "sum" and kind.zero
     if not neutral:
         for axis in axes:
             call.doubt(kind.dims[axis], f"reduced over: {call.why}")
-    if call.name in ("argmax", "argmin", "max", "min", "median"):
+    if any(t.dtype == torch.int64 for t in call.outputs):
         call.freeze([kind.dims[a] for a in axes], f"positions are looked up: {call.why}")
     keepdim = bool(call.args.get("keepdim"))
     dims: list[Dim] = [Fixed(1) if i in axes else d for i, d in enumerate(kind.dims) if keepdim or i not in axes]
@@ -61,7 +61,7 @@ def ordered(call: Call) -> list[Type]:
     return [Type(tuple(dims)) for _ in call.outputs]
 
 
-@rule("_local_scalar_dense", "equal", "nonzero", "_assert_async")
+@rule("equal", "nonzero")
 def read(call: Call) -> list[Type]:
     """Python looks at values: what it does with them is not known."""
     for kind in call.types():

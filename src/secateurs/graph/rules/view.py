@@ -107,19 +107,6 @@ def repeat(call: Call) -> Type:
     return Type(tuple(product(Fixed(r), d) for r, d in zip(times, own, strict=True)), kind.zero)
 
 
-@rule("repeat_interleave")
-def repeat_interleave(call: Call) -> list[Type]:
-    """Each position repeated: the repetition is the fast factor. Data-dependent counts freeze the axis."""
-    kind, rank = _one(call)
-    if not isinstance(call.args.get("repeats"), int) or call.args.get("dim") is None:
-        call.freeze(kind.dims, f"repeated by data: {call.why}")
-        return fixed(call)
-    axis = call.axis(call.args["dim"], rank)
-    dims = list(kind.dims)
-    dims[axis] = product(dims[axis], Fixed(call.args["repeats"]))
-    return [Type(tuple(dims), kind.zero)]
-
-
 @rule("cat")
 def cat(call: Call) -> Type:
     """One axis joined, the others one."""
@@ -244,7 +231,7 @@ def pixel_shuffle(call: Call) -> Type:
     return Type((*kind.dims[:at], channels, *fixed_dims(call.outputs[0])[at + 1 :]), kind.zero)
 
 
-@rule("view_as_complex", "view_as_real", "as_strided", "diagonal", "unfold", "im2col")
+@rule("view_as_complex", "as_strided", "diagonal", "unfold", "im2col")
 def opaque(call: Call) -> list[Type]:
     """Views that are not followed: everything they touch is fixed."""
     for kind in call.types():

@@ -22,7 +22,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
 
@@ -35,7 +35,7 @@ from ...planning import plan
 from ...recover.finetune import Data, fine_tune
 from ...recover.rewinding import rewind, snapshot
 from ...recover.scratch import reinitialize, scratch_epochs
-from ..parameters import Between, Several, check
+from ..parameters import Between, OneOf, Several, check
 
 __all__ = ["METHOD", "Arm", "Protocol", "Verdict", "rethinking_value"]
 
@@ -52,6 +52,8 @@ class Protocol:
         tune_rates: learning rates of fine-tuning, each an arm of its own.
         cap: Scratch-B trains at most this many times `epochs`.
         seeds: one run of every arm for each.
+        linear: how fresh linear layers are drawn; see `reinitialize`. The paper's "normal", N(0, 0.01), starves a
+            network of several linear layers without normalisation, and the arm would lose for that reason alone.
     """
 
     epochs: Annotated[int, Between(1, whole=True)] = 160
@@ -61,6 +63,7 @@ class Protocol:
     tune_rates: Annotated[tuple[float, ...], Several(Between(0, closed="neither"))] = (0.001, 0.01)
     cap: Annotated[float, Between(1)] = 4.0
     seeds: Annotated[tuple[int, ...], Several(Between(0, whole=True))] = (0, 1, 2)
+    linear: Annotated[Literal["normal", "fan-out"], OneOf(("normal", "fan-out"))] = "fan-out"
 
     def __post_init__(self) -> None:
         check(self)
@@ -172,7 +175,7 @@ def _one_seed(
     for name, length in (("E", how.epochs), ("B", scratch_epochs(how.epochs, *costs).epochs)):
         epochs = min(length, int(how.cap * how.epochs))
         fresh = pruned()
-        reinitialize(fresh, masks, seed=seed)
+        reinitialize(fresh, masks, seed=seed, linear=how.linear)
         trained = _train(fresh, data, how, epochs, how.lr, seed, "step", masks)
         found.append((f"scratch-{name}", _accuracy(trained, test)))
     if masks is not None:
