@@ -8,12 +8,12 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from tests.support.torchvision_shim import declare_missing_ops
 from torch import nn
 
 from benchmarks.record import holds, record
 from secateurs import load, prune
 from secateurs.core.batch import call, main_output
-from tests.support.torchvision_shim import declare_missing_ops
 
 Case = Callable[[], tuple[nn.Module, Any]]
 
@@ -92,7 +92,7 @@ def main() -> None:
     record(
         "zoo",
         system="core",
-        claim="`prune(model, x, 'macs<=50%')` works on each without hints: 45 to 50% of the MACs, proven, reloads equal.",
+        claim="`prune(model, x, 'macs<=50%')` works on each without hints: 45–50% of the MACs, proven, reloads equal.",
         held=f"All conditions met by {sum(r[-1] for r in rows)} of {len(rows)} ({holds(all(r[-1] for r in rows))}).",
         columns=(
             "model",

@@ -147,7 +147,7 @@ def test_other_decisions_are_tested_from_the_same_scores() -> None:
         model, data=batches(), test=batches(), sensitivities=(0.0, 0.5), budgets=("macs<=75%", "macs<=50%"),
         on_stage=stages.append,
     )  # fmt: skip
-    assert stages[-2:] == ["sweeping", "measuring"]
+    assert stages[-3:] == ["sweeping", "recalibrating", "measuring"]
     before, after = made.report.before.quality["accuracy"], made.report.stages["one-shot"]["accuracy"]
     # One group: with half of its channels gone it is the decision itself, before any repair.
     assert made.report.sensitivity == {"0": ((0.0, before), (0.5, after))}
@@ -348,11 +348,15 @@ def test_the_nearest_feasible_budget_works(
 
 
 def test_few_units_are_warned_about() -> None:
-    # A twentieth of a group is where warnings begin: 7 of 128 weights are more, 6 are fewer.
-    assert prune(net(), "sparsity=94.5%", granularity="weight", scope="0").report.warnings == ()
-    few = prune(net(), "sparsity=95.3%", granularity="weight", scope="0")
-    assert few.report.warnings == ("0.weight keeps 6 of 128 units; give floor=, or ask for less.",)
-    assert "warning: 0.weight keeps 6 of 128 units" in str(few.plan)
+    """Under a twentieth of the group, and under a quarter of what the whole keeps: 2 of 128 beside a dense layer."""
+    options = {"granularity": "weight", "allocation": "given", "measure": False}
+    shares = {"0.weight": 0.02, "3.weight": 1.0}
+    few = prune(net(), "sparsity=65.5%", allocation_options={"densities": shares}, scope=list(shares), **options)
+    kept = few.plan.counts["0.weight"]
+    assert few.report.warnings == (f"0.weight keeps {kept} of 128 units; give floor=, or ask for less.",)
+    assert f"warning: 0.weight keeps {kept} of 128 units" in str(few.plan)
+    # Everything at 3% is a sparse network, not a collapsing layer.
+    assert prune(net(), "sparsity=97%", granularity="weight", allocation="uniform").report.warnings == ()
 
 
 def test_another_budget_is_decided_without_scoring_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,14 +5,20 @@ cut = sec.prune(model, example_inputs, budget="macs<=50%")
 cut.save("smaller")
 """
 
-from .core.budget import Budget
-from .core.errors import SecateursError
-from .graph.plan import ModelPlan as Plan
-from .planning import plan
-from .pruning import FineTune, Pruned, load, prune
-from .report.data import Report
-from .train.magnitude import GlobalMagnitude, GradualMagnitude
-from .train.random_sparse import RandomSparse
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .core.budget import Budget
+    from .core.errors import SecateursError
+    from .graph.plan import ModelPlan as Plan
+    from .planning import plan
+    from .pruning import FineTune, Pruned, load, prune
+    from .report.data import Report
+    from .train.magnitude import GlobalMagnitude, GradualMagnitude
+    from .train.random_sparse import RandomSparse
 
 __all__ = [
     "Budget",
@@ -28,3 +34,29 @@ __all__ = [
     "plan",
     "prune",
 ]
+
+# Where each name lives: it is imported when it is used, so that the command line answers before PyTorch is there.
+_HOMES = {
+    "Budget": "core.budget",
+    "FineTune": "pruning",
+    "GlobalMagnitude": "train.magnitude",
+    "GradualMagnitude": "train.magnitude",
+    "Plan": "graph.plan",
+    "Pruned": "pruning",
+    "RandomSparse": "train.random_sparse",
+    "Report": "report.data",
+    "SecateursError": "core.errors",
+    "load": "pruning",
+    "plan": "planning",
+    "prune": "pruning",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), "ModelPlan" if name == "Plan" else name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

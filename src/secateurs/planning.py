@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from operator import length_hint
 from typing import Any
@@ -24,7 +24,6 @@ from .criteria import get_criterion, score
 from .graph.cut import cut
 from .graph.plan import ModelPlan, digest
 from .graph.structure import Structure, fingerprint, infer
-from .measure.collapse import few_units
 from .measure.latency import latency
 from .measure.macs import macs_by_module
 from .measure.params import bytes_in_memory, parameters
@@ -151,7 +150,7 @@ def plan(
         structure=structure,
         example_inputs=example_inputs,
     )
-    return replace(made, warnings=_warnings(made))
+    return made
 
 
 def plan_of_masks(model: nn.Module, example_inputs: Any, masks: Mapping[str, Tensor], recipe: Recipe) -> ModelPlan:
@@ -321,12 +320,3 @@ def _in_scope(groups: tuple[ChannelGroup, ...], recipe: Recipe) -> tuple[Channel
 
 def _listed(patterns: str | Sequence[str]) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
-
-
-def _warnings(made: ModelPlan) -> tuple[str, ...]:
-    sizes = {g.name: g.size for g in made.groups}
-    symptoms = few_units(made.counts, sizes, _FEW)
-    return tuple(
-        f"{s.layer} keeps {made.counts[s.layer]} of {sizes[s.layer]} units; give floor=, or ask for less."
-        for s in symptoms
-    )

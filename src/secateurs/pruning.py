@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from .core.batch import Loss, take
 from .core.budget import Budget
 from .core.catalogue import get_method
-from .core.errors import ModelError, OptionError
+from .core.errors import OptionError
 from .core.state import read_state, write_state
+from .criteria.face import check_finite
 from .deploy.store import load_extra, load_model, save_model
 from .graph.plan import ModelPlan, digest
 from .planning import batches_of, plan_of_masks, recipe_of
@@ -200,6 +201,9 @@ def prune(
         with clock("testing"):
             notes.quality["before"] = quality_of(model, tests)
             notes.quality["one-shot"] = quality_of(made, tests)
+    if tests is not None and (sensitivities or budgets):
+        with clock("sweeping"), seeded(seed, "sweeping"):
+            _sweep(model, decided, notes, tests, batches if recalibrate else None, sensitivities, budgets, measure)
     if batches is not None and recalibrate:
         with clock("recalibrating"), seeded(seed, "recalibrating"):
             layers = recalibrate_batch_norm(made, batches)
@@ -213,9 +217,6 @@ def prune(
             )
         if tests is not None:
             notes.quality["recovered"] = quality_of(made, tests)
-    if tests is not None and (sensitivities or budgets):
-        with clock("sweeping"):
-            _sweep(model, decided, notes, tests, batches if recalibrate else None, sensitivities, budgets, measure)
     with clock("measuring"):
         report = summarize(model, made, decided, example_inputs, notes, timed=measure)
     if inplace:
@@ -303,7 +304,7 @@ def prune_in_training(
         )
     training = _training_data(recover, batches_of(data))
     tests = None if test is None else take(test, what="test data")
-    _check_finite(model)
+    check_finite(model)
     recipe = recipe_of(
         budget, granularity=granularity, allocation=allocation, scope=scope, ignore=ignore, seed=seed
     )  # fmt: skip
@@ -385,13 +386,6 @@ def _other_run(folder: Path) -> OptionError:
     return OptionError(
         f"{folder} holds a run of another model, budget or options; give another folder, or delete it to start again."
     )
-
-
-def _check_finite(model: nn.Module) -> None:
-    wrong = [n for n, p in model.named_parameters() if p.is_floating_point() and not bool(p.isfinite().all())]
-    if wrong:
-        named = ", ".join(wrong[:3])
-        raise ModelError(f"NaN or infinite weights in {named}: repair or reload the model before pruning.")
 
 
 def _applied(model: nn.Module, decided: ModelPlan) -> tuple[nn.Module, dict[str, Tensor], float | None]:

@@ -197,6 +197,14 @@ def test_transposed_convolutions_make_channels_on_axis_one(layer: nn.Module) -> 
     torch.testing.assert_close(found, outputs.var(0, correction=0).float())
 
 
+def test_grouped_transposed_convolutions_are_refused() -> None:
+    """Their weight has fewer positions on axis one than the layer has outputs."""
+    model, data = nn.Sequential(nn.ConvTranspose2d(4, 4, 2, groups=2)), [torch.randn(1, 4, 3, 3)]
+    group = ChannelGroup("w", 2, "channel", (member("0.weight", 1, Atom("w", 2), 4),))
+    with pytest.raises(ModelError, match="'activation-variance' has no score for group 'w'"):
+        score("activation-variance", model, [group], data=data)
+
+
 def test_positions_of_a_head_are_summed() -> None:
     model, data = mlp(3, 6), [torch.randn(20, 3)]
     heads = ChannelGroup("h", 3, "head", (member("0.weight", 0, product(Atom("h", 3), Fixed(2)), 2),))

@@ -82,7 +82,9 @@ class Run:
 
 def trace(function: Callable[..., Any], inputs: Sequence[Tensor], zeroed: Sequence[bool]) -> Run:
     """`function` traced on copies of `inputs`, of which those in `zeroed` are parameters."""
-    own = [nn.Parameter(t.clone(), requires_grad=False) if z else t.clone() for t, z in zip(inputs, zeroed, strict=True)]
+    own = [
+        nn.Parameter(t.clone(), requires_grad=False) if z else t.clone() for t, z in zip(inputs, zeroed, strict=True)
+    ]
     recorder = Recorder({id(t): f"p{i}" for i, t in enumerate(own)})
     with torch.no_grad(), recorder:
         function(*own)

@@ -145,9 +145,9 @@ def saves_another(model: Any, inputs: Any, budget: Any, **common: Any) -> Pruned
     return Careless(made.model, made.plan, made.report, made.masks)
 
 
-def forgets_warnings(model: Any, inputs: Any, budget: Any, **common: Any) -> Pruned:
+def forgets_its_scores(model: Any, inputs: Any, budget: Any, **common: Any) -> Pruned:
     made = prune(model, inputs, budget, **common)
-    return replace(made, plan=replace(made.plan, warnings=("unsaid",), scores=_Drifting(made.plan.scores)))
+    return replace(made, plan=replace(made.plan, scores=_Drifting(made.plan.scores)))
 
 
 class _Drifting(dict[str, torch.Tensor]):
@@ -173,7 +173,7 @@ def draws(build: Any, inputs: Any, budget: Any, **common: Any) -> Verdict:
         (broken(run=removes_one_too_few), contract.asked_units_go),
         (broken(run=forgets_its_seed), contract.same_seed_same_plan),
         (broken(run=trains_on_another_seed_each_time), contract.same_seed_same_plan),
-        (broken(run=forgets_warnings), contract.plan_survives_its_file),
+        (broken(run=forgets_its_scores), contract.plan_survives_its_file),
         (broken(run=moves_the_model), contract.model_is_untouched),
         (broken(run=leaves_a_hook), contract.model_is_untouched),
         (broken(run=begins_anew), contract.killed_run_resumes),

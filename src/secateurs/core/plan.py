@@ -159,7 +159,6 @@ class Plan:
         keep: bool [units] per group.
         costs: of the model as functions of the kept counts.
         recipe: how the decision was made.
-        warnings: what a person should know before applying it.
     """
 
     groups: tuple[Group, ...]
@@ -167,7 +166,6 @@ class Plan:
     keep: Mapping[str, Tensor]
     costs: CostModel
     recipe: Recipe
-    warnings: tuple[str, ...] = ()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -178,6 +176,13 @@ class Plan:
     def sparsity(self) -> float:
         """The share of units removed, over all groups."""
         return 1 - sum(self.counts.values()) / max(sum(g.size for g in self.groups), 1)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Groups about to collapse: left with under 5% of their units, and under a quarter of what others keep."""
+        counts, share = self.counts, min(0.05, (1 - self.sparsity) / 4)
+        few = [g for g in self.groups if counts[g.name] < share * g.size]
+        return tuple(f"{g.name} keeps {counts[g.name]} of {g.size} units; give floor=, or ask for less." for g in few)
 
     def cost(self, metric: str, relative: bool = True) -> float:
         """What is left of "params", "macs" or "bytes": a share of the whole model, or the figure itself."""

@@ -17,7 +17,7 @@ from ..core.units import Cache, Group, WeightGroup, normalized
 from .lifting import Lift, lifted, resolve, select
 from .registry import Criterion, criteria, get_criterion
 
-__all__ = ["score"]
+__all__ = ["check_finite", "score"]
 
 _LIFT = tuple(field.name for field in fields(Lift))
 
@@ -61,7 +61,7 @@ def score(
     chosen = _as_criterion(criterion)
     lift, own = _divide(chosen, options)
     _check_groups(chosen, groups)
-    _check_finite(model)
+    check_finite(model)
     supplied = {"data": _batches(chosen, data), "loss": loss, "seed": seed, **own}
     if chosen.kind == "elementwise":
         return _from_entries(chosen, model, groups, lift, supplied, own)
@@ -112,7 +112,12 @@ def _check_groups(criterion: Criterion, groups: Sequence[Group]) -> None:
             )
 
 
-def _check_finite(model: nn.Module) -> None:
+def check_finite(model: nn.Module) -> None:
+    """None for a model without NaN or infinite weights.
+
+    Raises:
+        ModelError: names the first such parameters.
+    """
     wrong = [name for name, tensor in model.named_parameters() if _broken(tensor)]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""

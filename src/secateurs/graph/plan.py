@@ -110,7 +110,6 @@ class ModelPlan(Plan):
             "keep": {name: [pack(m), len(m)] for name, m in self.keep.items()},
             "scores": dict(self.scores),
             "example_inputs": _plain(self.example_inputs),
-            "warnings": list(self.warnings),
         }
         write_state(path, tree, _KIND)
         return Path(path)
@@ -137,7 +136,6 @@ class ModelPlan(Plan):
                 keep={name: unpack(bits, n) for name, (bits, n) in tree["keep"].items()},
                 costs=substituted(costs, long_names(groups)),
                 recipe=Recipe.from_dict(tree["recipe"]),
-                warnings=tuple(tree["warnings"]),
                 fingerprint=tree["fingerprint"],
                 digest=tree["digest"],
                 structure=structure,

@@ -8,7 +8,8 @@ to follow; where there is none, the groups involved are frozen, with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from traceback import walk_tb
@@ -45,15 +46,23 @@ class _Misses:
     def __bool__(self) -> bool:
         return bool(self.shapes or self.factors or self.stopped)
 
+    @property
+    def first(self) -> float:
+        """The number of the first op that went wrong; infinite where none did."""
+        stopped = [self.stopped[0]] if self.stopped else []
+        return min([*self.shapes, *self.factors, *stopped], default=math.inf)
+
 
 class _Follower(TorchDispatchMode):
     """Runs beside a trace; where an op fails or gives another shape, notes it and goes on with the predicted one."""
 
-    def __init__(self, ops: list[OpRecord], expected: list[tuple[tuple[int, ...], ...]]) -> None:
+    def __init__(self, ops: list[OpRecord], sized: Callable[[Dim], int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # PyTorch leaves it unannotated
         self.misses = _Misses()
         self.at = 0
-        self._ops, self._expected = ops, expected
+        self._ops = ops
+        self._expected = [tuple(tuple(map(sized, dims)) for dims in op.dims) for op in ops]
+        self._whole = [all(sized(d) == size(d) for dims in (*op.dims, *op.inputs) for d in dims) for op in ops]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -63,7 +72,9 @@ class _Follower(TorchDispatchMode):
             raise _Stop(f"it calls {base_name(func)} where it did not before")
         number, self.at = self.at, self.at + 1
         record, expected = self._ops[number], self._expected[number]
-        if numbers(func, bound(func, args, kwargs))[1] != record.factors:
+        ints, factors = numbers(func, bound(func, args, kwargs))
+        # An integer that changes where no size does is no size.
+        if factors != record.factors or (self._whole[number] and ints != record.ints):
             self.misses.factors.append(number)
         try:
             result = execute(func, args, kwargs)
@@ -106,10 +117,37 @@ def rehearse(model: nn.Module, example_inputs: Any, trace: Trace, *, real: bool)
             return
         proposals = _proposals(model, trace, misses, tried)
         if proposals:
-            trace.edits.update(proposals)
+            trace.edits.update(_needed(proposals, trace, lambda: _run(model, example_inputs, trace, real)))
         else:
             _give_up(trace, misses, tried)
     _give_up_everything(model, example_inputs, trace, real)
+
+
+def _needed(proposals: dict[str, Dim], trace: Trace, run: Callable[[], _Misses]) -> dict[str, Dim]:
+    """`proposals` without the attributes that a run comes as far without: steps or a shift can equal a width by chance.
+
+    Only attributes that were proposed for the same dimension beside another are doubted; those of one name together.
+    """
+    dims = list(proposals.values())
+    doubted = dict.fromkeys(_attribute(key) for key, dim in proposals.items() if dims.count(dim) > 1)
+    before = trace.edits
+
+    def reached(edits: dict[str, Dim]) -> float:
+        trace.edits = {**before, **edits}
+        first = run().first
+        trace.edits = before
+        return first
+
+    furthest = reached(proposals) if len(doubted) > 1 else 0.0
+    for name in doubted if len(doubted) > 1 else ():
+        fewer = {key: dim for key, dim in proposals.items() if _attribute(key) != name}
+        if fewer and (far := reached(fewer)) >= furthest:
+            proposals, furthest = fewer, far
+    return proposals
+
+
+def _attribute(key: str) -> str:
+    return key.rpartition(".")[2]
 
 
 def _give_up_everything(model: nn.Module, example_inputs: Any, trace: Trace, real: bool) -> None:
@@ -133,7 +171,7 @@ def _run(model: nn.Module, example_inputs: Any, trace: Trace, real: bool) -> _Mi
     other = _grown(model, trace, counts) if real else meta_twin(model, shapes)
     apply_edits(other, {k: resolve(d) for k, d in trace.edits.items()}, counts)
     sized = cache(lambda dim: size(resolve(dim), counts))
-    follower = _Follower(trace.ops, [tuple(tuple(map(sized, dims)) for dims in op.dims) for op in trace.ops])
+    follower = _Follower(trace.ops, sized)
     with running(other):
         placed = place(example_inputs, device_of(model) if real else "meta")
         try:

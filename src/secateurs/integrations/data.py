@@ -171,7 +171,7 @@ def _hub(spec: str, split: Split, images: ImageFormat | None, text: TextFormat |
     try:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
-        raise MissingExtraError("datasets", "language") from error
+        raise MissingExtraError("datasets", "datasets") from error
     name, _, configuration = spec.partition("@")
     try:
         parts = datasets.load_dataset(name, configuration or None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -177,7 +177,12 @@ def fine_tune(
     if not parameters:
         raise ModelError(f"{type(model).__name__} has no parameter with requires_grad=True, so it cannot be trained.")
     made = _optimizer(optimizer, parameters, lr, weight_decay)
-    settings = {"epochs": epochs, "steps": steps, "lr": lr, "seed": seed, "accumulate": accumulate}
+    settings = {
+        "epochs": epochs, "steps": steps, "lr": lr, "seed": seed, "accumulate": accumulate,
+        "weight_decay": weight_decay, "label_smoothing": label_smoothing, "taught": teacher is not None,
+        "optimizer": optimizer if isinstance(optimizer, str) else "own",
+        "schedule": schedule if isinstance(schedule, str) else "own",
+    }  # fmt: skip
     with ExitStack() as stack:
         stack.enter_context(modes_kept(model))
         if teacher is not None:
@@ -227,10 +232,19 @@ def _finished(run: _Run, history: History) -> bool:
     return history.steps >= (run.steps or 0)
 
 
+def _length(batches: Iterable[Any]) -> int | None:
+    """Number of batches where it is known; a DataLoader of an iterable data set has the method and refuses it."""
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
 def _pass(run: _Run, epoch: int, before: int) -> Epoch:
     """One pass over the data, cut short when the asked number of steps is reached."""
     batches = run.data(epoch) if callable(run.data) else run.data
-    length = -(-len(batches) // run.accumulate) if isinstance(batches, Sized) else None
+    known = _length(batches)
+    length = None if known is None else -(-known // run.accumulate)
     limit = None if run.steps is None else run.steps - before
     run.model.train()
     losses: list[float] = []
