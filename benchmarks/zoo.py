@@ -8,12 +8,12 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from tests.support.torchvision_shim import declare_missing_ops
 from torch import nn
 
 from benchmarks.record import holds, record
 from secateurs import load, prune
 from secateurs.core.batch import call, main_output
+from tests.support.torchvision_shim import declare_missing_ops
 
 Case = Callable[[], tuple[nn.Module, Any]]
 

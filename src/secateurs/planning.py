@@ -252,7 +252,7 @@ def _scoring_data(criterion: str | Callable[..., Any], batches: Iterable[Any] | 
     """A criterion that only looks at the shape of a batch is given the example inputs."""
     if batches is not None or not isinstance(criterion, str):
         return batches
-    return [example_inputs] if get_criterion(criterion).data_free else None
+    return [(example_inputs, None)] if get_criterion(criterion).data_free else None
 
 
 def _units(

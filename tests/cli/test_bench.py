@@ -3,9 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.cli.running import run, run_json
 
 from secateurs.cli import bench
+from tests.cli.running import run, run_json
 
 QUICK = ("--seconds", "0.01", "--input", "2,1,8,8")
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.cli.running import Ran, run
 
 import secateurs as sec
 from secateurs import demo
 from secateurs.core.errors import MissingExtraError, ProofError
+from tests.cli.running import Ran, run
 
 pytest.importorskip("sklearn")
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from tests.cli.running import run, run_json
 
 NET = ("inspect", "things:net", "--input", "1,1,8,8")

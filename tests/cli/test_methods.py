@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import pytest
-from tests.cli.running import run, run_json
 
 from secateurs.core import catalogue
 from secateurs.criteria import criteria
+from tests.cli.running import run, run_json
 
 
 def test_the_catalogue_as_records() -> None:

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.cli.running import Ran, run, run_json
 
 import secateurs as sec
 from secateurs.cli import prune as command
+from tests.cli.running import Ran, run, run_json
 
 SHORT = ("--budget", "macs<=50%", "--out", "smaller", "--input", "2,1,8,8", "--no-measure")
 

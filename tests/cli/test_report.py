@@ -3,10 +3,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.cli.running import run, run_json
 
 import secateurs as sec
 from secateurs.deploy import load_extra
+from tests.cli.running import run, run_json
 
 
 @pytest.fixture

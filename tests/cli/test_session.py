@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.cli.running import run
 
 import secateurs
 from secateurs.cli import _session
 from secateurs.recover import Progress
+from tests.cli.running import run
 
 SRC = Path(secateurs.__file__).resolve().parent
 COMMANDS = ("prune", "inspect", "methods", "report", "bench", "demo")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 import transformers
-from tests.deploy.samples import narrow_conv
 from torch import Tensor, nn
+
+from tests.deploy.samples import narrow_conv
 
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
 TOKENS = {

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.deploy.exportable import llama
 
 from secateurs.core.errors import DataError, ProofError
 from secateurs.deploy.agreement import agree, batch_shapes, enlarged, exporting
+from tests.deploy.exportable import llama
 
 
 def test_agreement_is_relative_to_the_largest_output() -> None:

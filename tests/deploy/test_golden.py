@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load
-from tests.deploy.make_golden import GOLDEN, MODELS
 from torch import nn
 
 from secateurs.deploy.store import FORMAT, load_extra, load_model, save_model
+from tests.deploy.make_golden import GOLDEN, MODELS
 
 FOLDERS = sorted(path.parent for path in GOLDEN.glob("*/*/model.json"))
 

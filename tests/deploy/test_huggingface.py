@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tests.deploy.samples import narrow, same
 from torch import nn
 
 from secateurs.core.errors import FileError, MissingExtraError, ModelError, ProofError
 from secateurs.deploy.huggingface import save_pretrained
+from tests.deploy.samples import narrow, same
 
 TOKENS = {"input_ids": torch.arange(14).reshape(2, 7)}
 

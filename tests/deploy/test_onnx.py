@@ -12,12 +12,12 @@ import onnx_ir
 import onnxruntime
 import pytest
 import torch
-from tests.deploy.exportable import IMAGES, TOKENS, Branching, conv_net, llama
 from torch import Tensor
 
 from secateurs.core.errors import MissingExtraError, ModelError, OptionError, ProofError
 from secateurs.deploy import onnx as module
 from secateurs.deploy.onnx import export_onnx
+from tests.deploy.exportable import IMAGES, TOKENS, Branching, conv_net, llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 

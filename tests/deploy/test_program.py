@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.deploy.exportable import IMAGES, TOKENS, Branching, conv_net, llama
 
 from secateurs.core.errors import ModelError, OptionError, ProofError
 from secateurs.deploy import program as module
 from secateurs.deploy.program import export_program
+from tests.deploy.exportable import IMAGES, TOKENS, Branching, conv_net, llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 

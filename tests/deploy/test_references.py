@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.deploy import samples
 from torch import nn
 from torch.nn import functional as F
 
 from secateurs.core.errors import FileError
 from secateurs.deploy.references import Kind, name_of, passive, resolve, untrusted
+from tests.deploy import samples
 
 ALLOWED: list[tuple[str, Kind, Any]] = [
     ("torch.nn.modules.linear:Linear", "module", nn.Linear),

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from tests.deploy import samples
-from tests.deploy.samples import Holder, Net, same
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from secateurs.core.errors import FileError
 from secateurs.deploy.skeleton import decode, encode
+from tests.deploy import samples
+from tests.deploy.samples import Holder, Net, same
 
 
 def again(model: nn.Module, trust: tuple[str, ...] = samples.HERE) -> Any:

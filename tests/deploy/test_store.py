@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.deploy import samples
-from tests.deploy.samples import Net, again, same
 from torch import nn
 
 from secateurs.core.errors import FileError, OptionError
 from secateurs.deploy import folder as folder_module
 from secateurs.deploy.store import load_extra, load_model, save_model
+from tests.deploy import samples
+from tests.deploy.samples import Net, again, same
 
 X = torch.linspace(-1, 1, 8).reshape(2, 4)
 

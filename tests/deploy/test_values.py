@@ -15,13 +15,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.deploy import samples
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateurs.core.errors import FileError
 from secateurs.deploy.decoding import Reader
 from secateurs.deploy.encoding import Writer, settled
+from tests.deploy import samples
 
 NOWHERE = lambda _: "nowhere"  # noqa: E731
 

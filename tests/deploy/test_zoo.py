@@ -11,11 +11,11 @@ import timm
 import torch
 import torchvision
 import transformers
-from tests.deploy.samples import narrow, narrow_conv, narrow_linear, same, some
 from torch import Tensor, nn
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from secateurs.deploy.store import load_model, save_model
+from tests.deploy.samples import narrow, narrow_conv, narrow_linear, same, some
 
 IMAGE = torch.linspace(-1, 1, 3 * 64 * 64).reshape(1, 3, 64, 64)
 TOKENS = {"input_ids": torch.arange(14).reshape(2, 7)}

@@ -15,8 +15,8 @@ from secateurs.graph.structure import Structure, infer
 from secateurs.measure.macs import macs
 
 __all__ = [
-    "AttributeView",
     "Attention",
+    "AttributeView",
     "BlockA",
     "Branching",
     "CatWithItself",

@@ -17,7 +17,6 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
-from tests.criteria.models import account, unruly
 from torch import Tensor, nn
 
 import secateurs as sec
@@ -30,6 +29,7 @@ from secateurs.methods.parameters import rules_of
 from secateurs.methods.weights.global_magnitude import Global
 from secateurs.methods.weights.gradual_magnitude import Gradual
 from secateurs.methods.weights.random_pruning import Random
+from tests.criteria.models import account, unruly
 
 __all__ = ["CASES", "Case", "Check", "batches", "case_of", "checks_of", "small"]
 

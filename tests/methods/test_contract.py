@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from tests.methods import contract
-from tests.methods.contract import CASES, Case, Check, case_of, checks_of, small
 
 import secateurs as sec
 from secateurs.core.catalogue import Method, catalogue, get_method, method
 from secateurs.core.errors import OptionError
 from secateurs.methods.channels.rethinking_value import Arm, Verdict
 from secateurs.pruning import Pruned
+from tests.methods import contract
+from tests.methods.contract import CASES, Case, Check, case_of, checks_of, small
 
 ALL = [
     pytest.param(record, check, id=f"{record.name}-{check.__name__}")

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.measure.test_paper_flops import NETS, RESNET56_B, CifarResNet, kept_widths
-from tests.methods.contract import INPUTS, batches, small
 from torch import Tensor, nn
 
 import secateurs as sec
@@ -22,6 +20,8 @@ from secateurs.methods.channels import rethinking_value as module
 from secateurs.methods.channels.rethinking_value import Arm, Protocol, Verdict, rethinking_value
 from secateurs.recover import fine_tune, scratch_epochs
 from secateurs.recover.finetune import History
+from tests.measure.test_paper_flops import NETS, RESNET56_B, CifarResNet, kept_widths
+from tests.methods.contract import INPUTS, batches, small
 
 SHORT = Protocol(epochs=4, tune_epochs=2, tune_rates=(0.001, 0.01), seeds=(0,))
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.methods.contract import INPUTS, batches, small
 from torch import Tensor, nn
 
 import secateurs as sec
@@ -16,6 +15,7 @@ from secateurs.core.errors import BudgetError, OptionError
 from secateurs.methods.weights import gradual_magnitude as module
 from secateurs.methods.weights.gradual_magnitude import Gradual, gradual_magnitude
 from secateurs.train.pruner import Pruner
+from tests.methods.contract import INPUTS, batches, small
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.methods.contract import INPUTS, batches, small
 from torch import Tensor, nn
 
 import secateurs as sec
 from secateurs.core.errors import BudgetError, OptionError
 from secateurs.methods.weights.random_pruning import Random, random_pruning
+from tests.methods.contract import INPUTS, batches, small
 
 
 class Convolutions(nn.Module):
