@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --constraint constraints.txt --editable
 
-.PHONY: help demo test test-slow format changes clean
+.PHONY: help demo test test-slow format docs changes clean
 # Two installs into one environment must not run at once.
 .NOTPARALLEL:
 
@@ -27,6 +27,9 @@ test-slow: $(VENV)/.dev ## the slow tests alone
 format: $(VENV)/.dev ## mend layout and import order
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+docs: $(VENV)/.dev ## the generated pages of docs/, from the catalogue and the benchmark results
+	$(BIN)/python -m tools.docs
 
 changes: ## the next release's section of CHANGELOG.md, from changes/
 	@for kind in added changed fixed removed; do \

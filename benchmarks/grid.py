@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from time import monotonic
 
 from benchmarks.cifar import batches, exact, pretrained, shuffled
 from benchmarks.record import mean_std, record
@@ -11,7 +12,7 @@ from secateurs import FineTune, SecateursError, prune
 from secateurs.criteria import criteria
 
 SEEDS = (0, 1, 2)
-STEPS = 20
+STEPS, TEST = 10, 500
 BUDGETS = {
     "channel": (("macs<=50%",), ("global", "uniform")),
     "weight": (("sparsity=90%", "sparsity=95%", "sparsity=98%"), ("global", "uniform", "erk", "lamp")),
@@ -20,7 +21,7 @@ BUDGETS = {
 
 def run(unit: str, criterion: str, allocation: str, budget: str, seed: int) -> tuple[float, float, float]:
     """Test accuracy one-shot, with batch-norm statistics measured again, and after `STEPS` steps."""
-    test, part = batches(exact("test"), limit=1017), exact("train")
+    test, part = batches(exact("test"), limit=TEST), exact("train")
     data = shuffled(part, seed, 64)(999)[:8]
     recover = FineTune(steps=STEPS, lr=0.02, data=shuffled(part, seed, 64))
     made = prune(
@@ -31,30 +32,34 @@ def run(unit: str, criterion: str, allocation: str, budget: str, seed: int) -> t
     return tuple(stages[s]["accuracy"] for s in ("one-shot", "batch-norm recalibrated", "recovered"))
 
 
-def main(unit: str) -> None:
-    """Runs the grid of one unit and records it; a combination that is refused is listed with the reason."""
-    rows = []
+def main(unit: str, minutes: float) -> None:
+    """Runs the grid of one unit and records it, as far as the time allows; a refused combination keeps its reason."""
+    rows, stop = [], monotonic() + 60 * minutes
     budgets, allocations = BUDGETS[unit]
     names = [c.name for c in criteria() if unit in c.groups]
-    for budget, criterion, allocation in itertools.product(budgets, names, allocations):
+    grid = list(itertools.product(budgets, allocations, names))
+    for budget, allocation, criterion in grid:
+        if monotonic() > stop:
+            break
         try:
             found = [run(unit, criterion, allocation, budget, seed) for seed in SEEDS]
         except SecateursError as reason:
-            rows.append((budget, criterion, allocation, f"refused: {reason}", "", ""))
+            rows.append((budget, allocation, criterion, f"refused: {reason}", "", ""))
             continue
-        rows.append((budget, criterion, allocation, *(mean_std(values) for values in zip(*found, strict=True))))
+        rows.append((budget, allocation, criterion, *(mean_std(values) for values in zip(*found, strict=True))))
         sys.stderr.write(f"{rows[-1]}\n")
-    best = {b: max((r for r in rows if r[0] == b and r[5]), key=lambda r: float(r[5].split()[0])) for b in budgets}
+    done = [row for row in rows if row[5]]
+    best = {b: max((r for r in done if r[0] == b), key=lambda r: float(r[5].split()[0])) for b in {r[0] for r in done}}
     record(
         f"grid_{unit}",
         system="core",
         claim="No single criterion or allocation is best everywhere; data and global ranking usually help.",
         held="Best after the short recovery: "
-        + "; ".join(f"{b}: {r[1]} with {r[2]}, {r[5]}" for b, r in best.items())
-        + ".",
-        columns=("budget", "criterion", "allocation", "one-shot", "batch-norm recalibrated", f"after {STEPS} steps"),
+        + "; ".join(f"{b}: {r[2]} with {r[1]}, {r[5]}" for b, r in sorted(best.items()))
+        + f". {len(rows)} of {len(grid)} combinations were run.",
+        columns=("budget", "allocation", "criterion", "one-shot", "batch-norm recalibrated", f"after {STEPS} steps"),
         rows=rows,
-        data="CIFAR-10, pretrained ResNet-20 (91.6 dense), 1,017 exact test images; 512 calibration images",
+        data=f"CIFAR-10, pretrained ResNet-20 (91.6 dense), {TEST} exact test images; 512 images for calibration",
         seeds=SEEDS,
         command=f"python -m benchmarks.grid {unit}",
         note=f"Recovery is {STEPS} steps of 64 images: it ranks starting points and is no final accuracy.",
@@ -62,4 +67,4 @@ def main(unit: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "channel")
+    main(sys.argv[1] if len(sys.argv) > 1 else "channel", float(sys.argv[2]) if len(sys.argv) > 2 else 240)

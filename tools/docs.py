@@ -70,6 +70,12 @@ def system_page(method: Method) -> str:
     )
 
 
+def _call_text(doc: str) -> list[str]:
+    """A function's docstring: what it returns as text, arguments and errors as they stand."""
+    first, _, rest = doc.partition("\n\n")
+    return [first, "", "```text", rest, "```"] if rest else [first]
+
+
 def _paragraphs(lines: list[str]) -> list[str]:
     """Docstring text; what is indented is an equation or a list and stays as it is, as a code block."""
     out: list[str] = []
