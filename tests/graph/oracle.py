@@ -44,9 +44,7 @@ def _sources(model: nn.Module) -> Iterator[Slice]:
             yield from ((name, 0, i) for i in range(tensor.shape[0]))
 
 
-def _read(
-    model: nn.Module, inputs: Any, readers: dict[str, nn.Module], source: Slice
-) -> tuple[set[Slice], bool]:
+def _read(model: nn.Module, inputs: Any, readers: dict[str, nn.Module], source: Slice) -> tuple[set[Slice], bool]:
     """The columns that read a NaN at `source`, and whether an output shows it."""
     found: set[Slice] = set()
 

@@ -157,9 +157,9 @@ def _name_difference(model: nn.Module, groups: tuple[Any, ...]) -> None:
 
 
 def _plain(inputs: Any) -> Any:
-    """Example inputs as plain containers of tensors; a Hugging Face BatchEncoding becomes a dict."""
+    """Example inputs as plain containers of tensors; a BatchEncoding becomes a dict, a named tuple a tuple."""
     if hasattr(inputs, "items"):
         return {k: _plain(v) for k, v in inputs.items()}
     if isinstance(inputs, (tuple, list)):
-        return type(inputs)(_plain(v) for v in inputs)
+        return (list if isinstance(inputs, list) else tuple)(_plain(v) for v in inputs)
     return inputs

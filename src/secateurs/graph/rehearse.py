@@ -29,6 +29,7 @@ from .twin import meta_twin, named_tensors, shared_twin, twin
 __all__ = ["rehearse"]
 
 _ROUNDS = 8
+_CALL = 6
 
 
 class _Stop(Exception):
@@ -245,7 +246,8 @@ def _proposals(model: nn.Module, trace: Trace, misses: _Misses, tried: dict[str,
         proposals.update(_attributes(model, record.module, wanted, tried))
     if misses.stopped and not misses.shapes:
         number, path, _ = misses.stopped
-        nearby = _inside(trace.ops[: number + 2], path)
+        # One call in Python may be several ops, of which the last has the dimension that was refused.
+        nearby = _inside(trace.ops[: number + _CALL], path)
         wanted = list(dict.fromkeys(d for op in nearby for d in _changed(trace, op)))
         proposals.update(_attributes(model, path, wanted, tried))
     return proposals

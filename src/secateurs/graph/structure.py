@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..core.batch import call, device_of
 from ..core.cost import CostModel, Monomial, gather
 from ..core.dims import Atom, Concat, Dim, Fixed, Product, atoms, parse, size, substitute
-from ..core.errors import FileError, ModelError
+from ..core.errors import FileError, ModelError, unknown_name
 from ..core.units import ChannelGroup, Group, Member
 from . import rules as _rules  # noqa: F401  (registers the rules)
 from .mend import holds, leaf_edits
@@ -190,10 +190,14 @@ def infer(
 
     Raises:
         ModelError: the model does not run on these inputs.
+        OptionError: an unknown kind.
     """
+    wanted = frozenset(kinds)
+    for kind in sorted(wanted - set(KINDS)):
+        raise unknown_name("kind of unit", kind, KINDS)
     trace, real = trace_model(model, example_inputs)
     _freeze_unseen(model, trace)
-    _freeze_deselected(trace, frozenset(kinds), entangled)
+    _freeze_deselected(trace, wanted, entangled)
     trace.edits = {key: dim for key, dim in trace.edits.items() if holds(model, key, size(dim))}
     trace.edits.update(leaf_edits(model, {n: k.dims for n, k in trace.params.items()}, trace.edits))
     rehearse(model, example_inputs, trace, real=real)

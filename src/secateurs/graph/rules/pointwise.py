@@ -119,7 +119,7 @@ def pointwise(call: Call) -> list[Type]:
         return fixed(call)
     dims = broadcast(call, kinds, tuple(call.outputs[0].shape))
     _note_singular(call, kinds)
-    keep = kinds[0] if call.name in ("detach", "alias", "lift_fresh") else Type(())
+    keep = kinds[0] if call.name in ("detach", "alias", "lift_fresh", "clone", "_to_copy") else Type(())
     kind = Type(dims, _stays_zero(call, dims, kinds), keep.param, keep.axes)
     # Some return a buffer beside their result, whose shape depends on the device.
     return [kind if t.shape == call.outputs[0].shape else Type(fixed_dims(t)) for t in call.outputs]
