@@ -1,7 +1,8 @@
-"""Small networks, one for each pattern that the shape algebra has to follow, and the check that a cut of one is right."""
+"""Small networks, one for each pattern that the shape algebra follows, and the check that a cut of one is right."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -125,7 +126,7 @@ class ResNet20(nn.Module):
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         widths = [16] * 4 + [32] * 3 + [64] * 3
-        self.blocks = nn.Sequential(*(BlockA(a, b) for a, b in zip(widths, widths[1:], strict=False)))
+        self.blocks = nn.Sequential(*(BlockA(a, b) for a, b in itertools.pairwise(widths)))
         self.fc = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:

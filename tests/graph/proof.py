@@ -43,7 +43,7 @@ class Recorder(Tracer):
         self.steps: list[Step] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [t for t in _tensors(list(bound(func, args, kwargs or {}).values()))]
+        given = list(_tensors(list(bound(func, args, kwargs or {}).values())))
         before = tuple(self.type_of(t) for t in given)
         result = super().__torch_dispatch__(func, types, args, kwargs)
         out = tuple(_tensors(result))

@@ -21,7 +21,8 @@ from tests.graph.proof import prove_op
 # Every day: what networks are made of. With -m slow: everything in the table.
 COMMON = [
     "__getitem__", "add", "addbmm", "addmm", "amax", "baddbmm", "bmm", "cat", "chunk", "clamp", "cumsum", "diagonal",
-    "div", "einsum", "expand", "flatten", "flip", "index_select", "inner", "kron", "linalg.norm", "logsumexp", "masked.mean",
+    "div", "einsum", "expand", "flatten", "flip", "index_select", "inner", "kron", "linalg.norm", "logsumexp",
+    "masked.mean",
     "matmul", "mean", "meshgrid", "movedim", "mul", "narrow", "nn.functional.avg_pool2d", "nn.functional.batch_norm",
     "nn.functional.conv1d", "nn.functional.conv2d", "nn.functional.conv3d", "nn.functional.conv_transpose2d",
     "nn.functional.embedding", "nn.functional.glu", "nn.functional.group_norm", "nn.functional.instance_norm",

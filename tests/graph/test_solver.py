@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -159,7 +160,7 @@ def test_refinements_do_not_depend_on_the_order(primes, data) -> None:
 
 def _merged(primes: list[int], cuts: set[int]) -> list[int]:
     edges = [0, *sorted(cuts), len(primes)]
-    return [math.prod(primes[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    return [math.prod(primes[a:b]) for a, b in itertools.pairwise(edges)]
 
 
 def test_a_view_splits_an_atom_into_a_product() -> None:
@@ -305,7 +306,7 @@ def test_deep_chains_resolve() -> None:
     """A residual stream of many blocks is one long chain of ties."""
     solver = Solver()
     dims = [solver.fresh(8) for _ in range(600)]
-    for a, b in zip(dims, dims[1:], strict=False):
+    for a, b in itertools.pairwise(dims):
         solver.unify(b, a, "a residual")
     assert {solver.resolve(d) for d in dims} == {dims[0]}
 

@@ -1,4 +1,4 @@
-"""What the shape algebra finds in networks: which units, which tensors they carry, what is mended, what stays and why."""
+"""What the shape algebra finds in networks: units, the tensors that carry them, what is mended, what stays and why."""
 
 from __future__ import annotations
 
@@ -439,7 +439,7 @@ def test_rows_that_are_empty_do_not_stop_the_trace() -> None:
 
 
 def test_resnet_with_padded_shortcuts() -> None:
-    """336 inner components. Of the residual ones, 16 here where pads may shrink gives 64: amounts of padding are numbers
+    """336 inner components. Of the residual ones 16, where shrinking pads would give 64: how much is padded is a number
     in the code, so the channels that the shortcut adds are fixed, and those of stage 1 span all stages."""
     structure = check(nets.ResNet20(), torch.randn(2, 3, 16, 16), seeds=1)
     inner = {g.name: g.size for g in structure.groups if ".conv1" in g.name}
