@@ -20,7 +20,7 @@ def main() -> None:
     models = {"dense": dense, **{name: made.cut(dense) for name, made in plans.items()}}
     rows, shares = [], {}
     for batch in BATCHES:
-        timings = compare(models, torch.randn(batch, 3, 32, 32), seconds=30)
+        timings = compare(models, torch.randn(batch, 3, 32, 32), seconds=15)
         for name, made in plans.items():
             speed = timings[name].speedup
             assert speed is not None

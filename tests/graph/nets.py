@@ -41,9 +41,15 @@ __all__ = [
     "TiedLanguageModel",
     "TupleView",
     "check",
+    "drawn",
     "random_keep",
     "removed_parameters",
 ]
+
+
+def drawn(*shape: int) -> Tensor:
+    """The same normal numbers at every import."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def random_keep(structure: Structure, seed: int = 0, least: int = 1) -> dict[str, Tensor]:

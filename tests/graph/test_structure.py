@@ -17,10 +17,10 @@ from secateurs.core.errors import FileError, ModelError, OptionError
 from secateurs.graph.cut import cut
 from secateurs.graph.structure import Structure, fingerprint, infer, trace_model
 from tests.graph import nets
-from tests.graph.nets import check, random_keep
+from tests.graph.nets import check, drawn, random_keep
 from tests.graph.oracle import components
 
-images, tokens, rows = torch.randn(2, 3, 8, 8), torch.randn(2, 6, 8), torch.randn(2, 5)
+images, tokens, rows = drawn(2, 3, 8, 8), drawn(2, 6, 8), drawn(2, 5)
 
 
 class Net(nn.Module):
@@ -63,7 +63,7 @@ def summed(width: int, function: Callable[[Tensor], Tensor]) -> Net:
 # Each: a network, its inputs, the groups it must have.
 FOUND: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, tuple[str, int]]]] = {
     "concatenation with itself": (nets.CatWithItself, images, {"first": ("channel", 4)}),
-    "flatten": (nets.LeNet, torch.randn(2, 2, 2, 2), {"conv": ("channel", 3)}),
+    "flatten": (nets.LeNet, drawn(2, 2, 2, 2), {"conv": ("channel", 3)}),
     "shuffle": (nets.ChannelShuffle, images, {"first": ("channel", 2), "first#2": ("channel", 3)}),
     "nn.ChannelShuffle": (lambda: between(nn.ChannelShuffle(2)), images, {"0": ("channel", 2), "0#2": ("channel", 3)}),
     "ShuffleNetV2": (nets.ShuffleUnit, images, {"branches.0.0": ("channel", 4), "branches.1.0": ("channel", 4)}),
@@ -76,23 +76,23 @@ FOUND: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, tuple[str, int]]]
         rows,
         {"a": ("channel", 6)},
     ),
-    "attention": (nets.Attention, torch.randn(2, 6, 12), {"q": ("head", 3)}),
-    "fused attention kernel": (lambda: nets.Attention(fast=True), torch.randn(2, 6, 12), {"q": ("head", 3)}),
+    "attention": (nets.Attention, drawn(2, 6, 12), {"q": ("head", 3)}),
+    "fused attention kernel": (lambda: nets.Attention(fast=True), drawn(2, 6, 12), {"q": ("head", 3)}),
     "cross attention with a bias": (
         nets.CrossAttention,
-        (torch.randn(2, 3, 8), torch.randn(2, 5, 8)),
+        (drawn(2, 3, 8), drawn(2, 5, 8)),
         {"q": ("head", 4)},
     ),
     "fused qkv, 3 x heads": (lambda: nets.FusedQkv("3hd"), tokens, {"qkv": ("head", 2)}),
     "fused qkv, heads x 3": (lambda: nets.FusedQkv("h3d"), tokens, {"qkv": ("head", 2)}),
-    "grouped queries, rotary": (nets.GroupedQuery, torch.randn(2, 6, 16), {"q": ("head", 2)}),
-    "grouped queries, kernel": (lambda: nets.GroupedQuery(gqa=True), torch.randn(2, 6, 16), {"q": ("head", 2)}),
+    "grouped queries, rotary": (nets.GroupedQuery, drawn(2, 6, 16), {"q": ("head", 2)}),
+    "grouped queries, kernel": (lambda: nets.GroupedQuery(gqa=True), drawn(2, 6, 16), {"q": ("head", 2)}),
     "tied embeddings": (
         nets.TiedLanguageModel,
         torch.arange(10).view(2, 5),
         {"down": ("channel", 6), "up": ("channel", 9)},
     ),
-    "shared layers": (nets.SelfShared, torch.randn(2, 4), {"stem": ("channel", 6), "first": ("channel", 5)}),
+    "shared layers": (nets.SelfShared, drawn(2, 4), {"stem": ("channel", 6), "first": ("channel", 5)}),
     "dense": (
         nets.Dense,
         images,
@@ -100,7 +100,7 @@ FOUND: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, tuple[str, int]]]
     ),
     "a loop over a value": (
         nets.Loop,
-        (torch.randn(2, 4), torch.tensor([2, 3])),
+        (drawn(2, 4), torch.tensor([2, 3])),
         {"stem": ("channel", 6)},
     ),
     "grouped convolution": (
@@ -178,15 +178,15 @@ FOUND: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, tuple[str, int]]]
         },
     ),
     # Sizes held by the module are mended.
-    "attribute": (nets.AttributeView, torch.randn(2, 4), {"first": ("channel", 12)}),
-    "tuple and list": (nets.TupleView, torch.randn(2, 4), {"first": ("channel", 5), "first#2": ("channel", 9)}),
+    "attribute": (nets.AttributeView, drawn(2, 4), {"first": ("channel", 12)}),
+    "tuple and list": (nets.TupleView, drawn(2, 4), {"first": ("channel", 5), "first#2": ("channel", 9)}),
     "an assertion on a held size": (
         nets.Picky,
-        torch.randn(2, 4),
+        drawn(2, 4),
         {"first": ("channel", 10), "second.linear": ("channel", 7)},
     ),
     "groups read from a shape": (lambda: nets.FunctionalConv(literal=False), images, {"stem": ("channel", 8)}),
-    "the inputs of an LSTM": (nets.Lstm, torch.randn(2, 4, 3), {"embed": ("channel", 6), "up": ("channel", 8)}),
+    "the inputs of an LSTM": (nets.Lstm, drawn(2, 4, 3), {"embed": ("channel", 6), "up": ("channel", 8)}),
     "the inputs of a GRU": (
         lambda: Net(
             lambda m, x: m.b(m.r(m.a(x))[0]), a=nn.Linear(8, 5), r=nn.GRU(5, 4, batch_first=True), b=nn.Linear(4, 2)
@@ -227,7 +227,7 @@ KEPT: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     ),
     "an insistence that nobody can mend": (
         lambda: nets.Picky(held=False),
-        torch.randn(2, 4),
+        drawn(2, 4),
         "second does not run at another size: ValueError: I was promised 10 features",
     ),
     "groups of a functional norm": (
@@ -504,7 +504,7 @@ def test_group_components_sum_to_the_parameters_removed() -> None:
 
 TWINS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "concatenation": (nets.CatWithItself, images),
-    "flatten": (nets.LeNet, torch.randn(2, 2, 2, 2)),
+    "flatten": (nets.LeNet, drawn(2, 2, 2, 2)),
     "gate": (nets.SqueezeExcite, images),
     "layer scale": (nets.LayerScale, rows),
     "fused gate": (lambda: nets.Gated(True), rows),

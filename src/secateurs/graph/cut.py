@@ -76,8 +76,9 @@ def cut(model: nn.Module, structure: Structure, keep: Mapping[str, Tensor]) -> n
             if name in structure.tensors:
                 sliced[name] = _sliced(tensor.detach(), [kept(d, keep) for d in structure.tensors[name]])
     smaller = twin(model, sliced)
-    touched = [p for p in attention_swaps(smaller) if any(n.startswith(f"{p}." if p else "") for n in sliced)]
-    swap_attention(smaller, touched)
+    changed = [n for n, t in named_tensors(model) if n in sliced and sliced[n].shape != t.shape]
+    inside = [p for p in attention_swaps(model) if any(n.startswith(f"{p}." if p else "") for n in changed)]
+    swap_attention(smaller, inside)
     apply_edits(smaller, structure.edits, counts)
     return smaller
 

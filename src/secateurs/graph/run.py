@@ -69,7 +69,7 @@ def place(inputs: Any, device: torch.device | str) -> Any:
     if isinstance(inputs, Tensor):
         return inputs.to("meta") if inputs.is_floating_point() or inputs.is_complex() else inputs.cpu()
     if isinstance(inputs, (tuple, list)):
-        return type(inputs)(place(v, device) for v in inputs)
+        return (list if isinstance(inputs, list) else tuple)(place(v, device) for v in inputs)
     if hasattr(inputs, "items"):
         return {k: place(v, device) for k, v in inputs.items()}
     return inputs

@@ -189,7 +189,7 @@ def infer(
         entangled: also offer widths whose removal differs from zeroing, such as one a layer norm runs over.
 
     Raises:
-        ModelError: the model does not run on these inputs.
+        ModelError: the model does not run on these inputs, or is TorchScript.
         OptionError: an unknown kind.
     """
     wanted = frozenset(kinds)
@@ -208,8 +208,14 @@ def trace_model(model: nn.Module, example_inputs: Any) -> tuple[Trace, bool]:
     """The trace of one run, and whether it had to run on real tensors instead of shapes only.
 
     Raises:
-        ModelError: the model does not run on these inputs.
+        ModelError: the model does not run on these inputs, or is TorchScript.
     """
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(
+                f"{path or 'the model'} is TorchScript, whose code cannot follow a cut; prune the model before it is "
+                "scripted or traced."
+            )
     try:
         return _traced(meta_twin(model), example_inputs, "meta"), False
     except Exception as error:  # noqa: BLE001  (Python may ask shapes for values they do not have; the real run decides)
