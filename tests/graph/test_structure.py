@@ -654,17 +654,42 @@ def test_a_model_that_does_not_run_is_refused_with_the_shapes() -> None:
         infer(nn.Linear(5, 3), {"x": rows, "y": 3})
 
 
+def test_torchscript_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"^1 is TorchScript, whose code cannot follow a cut; prune the model before"):
+        infer(nn.Sequential(nn.Linear(5, 6), torch.jit.script(nn.ReLU()), nn.Linear(6, 2)), rows)
+
+
+def test_layers_without_a_shape_are_refused() -> None:
+    with pytest.raises(ModelError, match="uninitialized parameter"):
+        infer(nn.Sequential(nn.LazyLinear(6), nn.LazyLinear(2)), rows)
+
+
 def test_unused_parameters_stay() -> None:
     net = Net(lambda m, x: m.b(F.relu(m.a(x))), a=nn.Linear(5, 6), b=nn.Linear(6, 2), spare=nn.Linear(6, 6))
-    assert kinds(check_unused(net)) == {"a": ("channel", 6)}
-
-
-def check_unused(net: nn.Module) -> Structure:
     structure = infer(net, rows)
-    keep = random_keep(structure)
-    smaller = cut(net, structure, keep)
+    assert kinds(structure) == {"a": ("channel", 6)}
+    smaller = cut(net, structure, random_keep(structure))
     assert smaller.spare.weight.shape == (6, 6)
-    return structure
+
+
+def test_attributes_that_equal_a_width_by_chance_stay() -> None:
+    """Steps, a shift and a divisor of the same number as the width that is mended."""
+
+    class Chance(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.width, self.steps, self.shift, self.divisor = 8, 8, 8, 8
+            self.up, self.down = nn.Linear(5, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.up(torch.roll(x, self.shift, 0)).view(x.shape[0], self.width)
+            for _ in range(self.steps):
+                y = torch.tanh(y)
+            return self.down(y) / self.divisor
+
+    structure = check(Chance(), rows)
+    assert kinds(structure) == {"up": ("channel", 8)}
+    assert {k for k in structure.edits if "." not in k} == {"width"}
 
 
 def test_a_group_is_named_by_the_layer_that_produces_it_first() -> None:

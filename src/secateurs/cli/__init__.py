@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import bench, demo, inspect, methods, prune, report
+from . import bench, demo, inspect, methods, prune, report, worth
 
 __all__ = ["app", "main"]
 
@@ -18,7 +18,7 @@ app = typer.Typer(
     # An error is one sentence; --debug shows where it came from.
     pretty_exceptions_enable=False,
 )
-for _command in (prune.prune, inspect.inspect, methods.methods, report.report, bench.bench, demo.demo):
+for _command in (prune.prune, inspect.inspect, methods.methods, report.report, bench.bench, worth.worth, demo.demo):
     app.command()(_command)
 
 

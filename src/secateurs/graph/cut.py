@@ -235,7 +235,7 @@ def _cast_tree(inputs: Any, dtype: torch.dtype) -> Any:
     if isinstance(inputs, Tensor):
         return inputs.to(dtype) if inputs.is_floating_point() else inputs
     if isinstance(inputs, (tuple, list)):
-        return type(inputs)(_cast_tree(v, dtype) for v in inputs)
+        return (list if isinstance(inputs, list) else tuple)(_cast_tree(v, dtype) for v in inputs)
     if hasattr(inputs, "items"):
         return {k: _cast_tree(v, dtype) for k, v in inputs.items()}
     return inputs

@@ -125,12 +125,15 @@ def rehearse(model: nn.Module, example_inputs: Any, trace: Trace, *, real: bool)
 
 
 def _needed(proposals: dict[str, Dim], trace: Trace, run: Callable[[], _Misses]) -> dict[str, Dim]:
-    """`proposals` without the attributes that a run comes as far without: steps or a shift can equal a width by chance.
+    """`proposals` without attributes that bring a run no further: steps or a shift can equal a width by chance.
 
-    Only attributes that were proposed for the same dimension beside another are doubted; those of one name together.
+    Doubted are only those that were proposed for the same dimension beside another; those of one name stand together.
     """
     dims = list(proposals.values())
-    doubted = dict.fromkeys(_attribute(key) for key, dim in proposals.items() if dims.count(dim) > 1)
+    doubted = {key: dim for key, dim in proposals.items() if dims.count(dim) > 1}
+    names = list(dict.fromkeys(map(_attribute, doubted)))
+    if len(names) < 2:
+        return proposals
     before = trace.edits
 
     def reached(edits: dict[str, Dim]) -> float:
@@ -139,12 +142,17 @@ def _needed(proposals: dict[str, Dim], trace: Trace, run: Callable[[], _Misses])
         trace.edits = before
         return first
 
-    furthest = reached(proposals) if len(doubted) > 1 else 0.0
-    for name in doubted if len(doubted) > 1 else ():
-        fewer = {key: dim for key, dim in proposals.items() if _attribute(key) != name}
-        if fewer and (far := reached(fewer)) >= furthest:
-            proposals, furthest = fewer, far
-    return proposals
+    chosen = {key: dim for key, dim in proposals.items() if key not in doubted}
+    furthest = start = reached(chosen)
+    while names:
+        more = {n: {**chosen, **{k: d for k, d in doubted.items() if _attribute(k) == n}} for n in names}
+        far = {n: reached(edits) for n, edits in more.items()}
+        best = max(names, key=far.__getitem__)
+        if far[best] <= furthest:
+            break
+        chosen, furthest = more[best], far[best]
+        names.remove(best)
+    return chosen if furthest > start else proposals
 
 
 def _attribute(key: str) -> str:
