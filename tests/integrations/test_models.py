@@ -173,6 +173,8 @@ def test_a_build_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch, package: str, spec: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, "secateurs.integrations.hub", raising=False)
+    # `from . import hub` finds the attribute of the package before it looks for the module.
+    monkeypatch.delattr("secateurs.integrations.hub", raising=False)
     with pytest.raises(MissingExtraError, match=f"{package} is needed here; install it with: pip install 'secateurs"):
         load_model_from(spec)
 
