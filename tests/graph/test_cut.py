@@ -138,7 +138,7 @@ def test_other_precisions(dtype) -> None:
         assert prove(mask(model, structure.groups, keep), smaller, inputs) < 1e-5
 
 
-def test_a_model_of_two_precisions_is_judged_in_float32() -> None:
+def test_a_model_of_two_precisions_is_judged_in_float32(monkeypatch) -> None:
     """Half precision is too coarse to judge, and this model does not run in float64."""
 
     class Mixed(nn.Module):
@@ -155,6 +155,7 @@ def test_a_model_of_two_precisions_is_judged_in_float32() -> None:
     keep = random_keep(structure)
     with pytest.raises(RuntimeError):
         copy.deepcopy(model).double()(x.double())
+    monkeypatch.setattr("secateurs.graph.cut._QUICK", -1.0)
     assert prove(mask(model, structure.groups, keep), cut(model, structure, keep), x) < 1e-4
     wrong = cut(model, structure, keep)
     with torch.no_grad():
@@ -216,6 +217,14 @@ def test_encoder_layers_run_after_heads_went(nested, grad) -> None:
             padded = smaller(tokens, src_key_padding_mask=padding)
         torch.testing.assert_close(padded[1], running[1])
         assert not torch.allclose(padded[0, :4], running[0, :4])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_encoder_is_proven_on_padded_inputs() -> None:
+    """PyTorch's encoder packs them for its shortcut, where it may take it; the proof may not."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 4, 16, batch_first=True), 2)
+    padding = torch.arange(6)[None] >= torch.tensor([[4], [6]])
+    heads(model, {"src": torch.randn(2, 6, 8), "src_key_padding_mask": padding}, 3)
 
 
 def test_attention_that_keeps_all_heads_stays_pytorchs() -> None:

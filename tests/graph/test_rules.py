@@ -161,6 +161,7 @@ CASES: dict[str, list[Case]] = {
         *case(lambda x: x[:, where], (4, 5, 3)),
         *case(lambda x: x[where, :, where], (4, 5, 3)),
         *case(lambda x: x[:, where, where], (4, 5, 3)),
+        *case(lambda x: x[:, where, :, where], (4, 5, 6, 3)),
         *case(lambda x: x[:, ids], (4, 6, 3)),
         *case(lambda x: x[:, lower[0]], (4, 5, 3)),
         *frozen(lambda x: x[lower.expand(4, 5)], (4, 5, 3)),

@@ -294,6 +294,33 @@ KEPT: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
         rows,
         "a factor computed from its size: full in the model",
     ),
+    "a product with itself": (
+        lambda: Net(
+            lambda m, x: m.b((m.a(x).unsqueeze(2) * m.a(x).unsqueeze(1)).flatten(1)),
+            a=nn.Linear(5, 3),
+            b=nn.Linear(9, 2),
+        ),
+        rows,
+        "it is flattened with itself",
+    ),
+    "an op more at this very size": (
+        lambda: Net(
+            lambda m, x: m.b((lambda y: y.tanh() if y.shape[1] == 6 else y)(m.a(x))),
+            a=nn.Linear(5, 6),
+            b=nn.Linear(6, 2),
+        ),
+        rows,
+        "b does not run at another size: it calls t where it did not before",
+    ),
+    "an op more at the end": (
+        lambda: Net(
+            lambda m, x: (lambda y: m.b(y).tanh() if y.shape[1] == 6 else m.b(y))(m.a(x)),
+            a=nn.Linear(5, 6),
+            b=nn.Linear(6, 2),
+        ),
+        rows,
+        "the model does not run at another size: it ends before it calls tanh",
+    ),
     # Removing differs from zeroing.
     "softmax": (
         lambda: between(nn.Softmax(1)),
@@ -420,6 +447,57 @@ def test_routing_by_values_is_rehearsed_on_the_same_route() -> None:
 
     structure = check(Experts(), torch.randn(64, 5))
     assert kinds(structure) == {"experts.0.0": ("channel", 6), "experts.1.0": ("channel", 6)}
+
+
+def test_decisions_on_values_behind_a_width_are_rehearsed_as_they_were() -> None:
+    """The units that a rehearsal adds are zeros, so what Python reads is what it read before."""
+
+    class Deciding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(5, 6), nn.Linear(6, 2)
+            for parameter in self.parameters():
+                nn.init.constant_(parameter, -0.1 if parameter is self.down.weight else 0.1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.down(F.relu(self.up(x)))
+            return y.tanh() if float(y.sum()) < 0 else y.sigmoid()
+
+    structure = check(Deciding(), torch.ones(2, 5) * 9)
+    assert kinds(structure) == {"up": ("channel", 6)}
+
+
+def test_products_that_involve_no_free_width_cost_too() -> None:
+    net = Net(
+        lambda m, x: m.b(F.relu(m.a(x @ x.mT @ x))) * m.c(x[:, :1]),
+        a=nn.Linear(5, 6),
+        b=nn.Linear(6, 1),
+        c=nn.Linear(1, 1),
+    )
+    structure = check(net, rows)
+    assert structure.costs.total("macs") == 2 * 2 * 5 * 2 + 2 * 5 * 6 + 2 * 6 + 2
+
+
+INTEGERS: dict[str, tuple[nn.Module, int, dict[str, int]]] = {
+    "Conv2d": (conv(6, 5, 3), 5, {"in_channels": 4, "out_channels": 5, "groups": 1}),
+    "depthwise": (conv(6, 6, 3, groups=6), 6, {"in_channels": 4, "out_channels": 4, "groups": 4}),
+    "grouped": (conv(6, 12, 3, groups=6), 12, {"in_channels": 4, "out_channels": 8, "groups": 4}),
+    "transposed": (nn.ConvTranspose2d(6, 12, 3, groups=6), 12, {"in_channels": 4, "out_channels": 8, "groups": 4}),
+    "BatchNorm2d": (nn.BatchNorm2d(6), 6, {"num_features": 4}),
+    "InstanceNorm2d": (nn.InstanceNorm2d(6, affine=True), 6, {"num_features": 4}),
+    "GroupNorm": (nn.GroupNorm(6, 6), 6, {"num_channels": 4, "num_groups": 4}),
+    "PReLU": (nn.PReLU(6), 6, {"num_parameters": 4}),
+}
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integers_of_layers_follow(name: str) -> None:
+    layer, after, expected = INTEGERS[name]
+    model = nn.Sequential(conv(3, 6), layer, conv(after, 2))
+    structure = infer(model, images)
+    smaller = cut(model, structure, {"0": torch.arange(6) < 4})
+    assert {attribute: getattr(smaller[1], attribute) for attribute in expected} == expected
+    assert smaller(images).shape == model(images).shape
 
 
 def test_rows_that_are_empty_do_not_stop_the_trace() -> None:

@@ -208,8 +208,8 @@ def _witnesses(model: nn.Module, inputs: Any) -> _Witnesses:
         if path:
             module.register_forward_hook(lambda _m, _i, out, path=path: look(path, out))
     device = device_of(model)
+    # The state of the random numbers is put back, so both forms see the same.
     with running(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
         outputs = output_tensors(call(model, move(inputs, device)))
     return _Witnesses([_witness(t, sample=False) for t in outputs], inner)
 

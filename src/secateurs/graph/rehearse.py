@@ -188,7 +188,7 @@ def _run(model: nn.Module, example_inputs: Any, trace: Trace, real: bool) -> _Mi
                 call(other, placed)
             follower.finish()
         except Exception as error:  # noqa: BLE001  (any failure of the model's own code is a finding, kept with its text)
-            text = f"{type(error).__name__}: {error}"
+            text = str(error) if isinstance(error, _Stop) else f"{type(error).__name__}: {error}"
             follower.misses.stopped = (max(follower.at - 1, 0), _raised_in(other, error), text)
     return follower.misses
 
