@@ -137,9 +137,8 @@ def plan(
             criterion, model, groups, data=_scoring_data(criterion, batches, example_inputs), loss=loss, seed=seed,
             **(criterion_options or {}),
         )  # fmt: skip
-    measure = None if structure is None else timer(model, structure, scores, example_inputs)
-    keep = decide(groups, scores, costs, recipe, measure)
-    made = ModelPlan(
+    keep = decide(groups, scores, costs, recipe, timer(model, structure, scores, example_inputs))
+    return ModelPlan(
         groups=groups,
         scores=scores,
         keep=keep,
@@ -150,7 +149,6 @@ def plan(
         structure=structure,
         example_inputs=example_inputs,
     )
-    return made
 
 
 def plan_of_masks(model: nn.Module, example_inputs: Any, masks: Mapping[str, Tensor], recipe: Recipe) -> ModelPlan:
@@ -220,9 +218,11 @@ def batches_of(data: Iterable[Any] | None) -> Iterable[Any] | None:
 
 
 def timer(
-    model: nn.Module, structure: Structure, scores: Mapping[str, Tensor], example_inputs: Any
-) -> Callable[[Mapping[str, int]], float]:
-    """A function from kept counts to the measured median seconds of the model cut to them."""
+    model: nn.Module, structure: Structure | None, scores: Mapping[str, Tensor], example_inputs: Any
+) -> Callable[[Mapping[str, int]], float] | None:
+    """A function from kept counts to the measured median seconds of the model cut to them; None if nothing is cut."""
+    if structure is None:
+        return None
 
     def seconds(counts: Mapping[str, int]) -> float:
         keep = {name: top(scores[name], count) for name, count in counts.items()}

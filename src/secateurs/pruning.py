@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from inspect import signature
 from operator import length_hint
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,24 +17,22 @@ from .core.batch import Loss, take
 from .core.budget import Budget
 from .core.catalogue import get_method
 from .core.errors import OptionError
-from .core.state import read_state, write_state
-from .criteria.face import check_finite
 from .deploy.store import load_extra, load_model, save_model
 from .graph.plan import ModelPlan, digest
-from .planning import batches_of, plan_of_masks, recipe_of
+from .planning import batches_of, recipe_of
 from .planning import plan as make_plan
 from .recover.batchnorm import recalibrate_batch_norm
 from .recover.context import seeded
-from .recover.finetune import Data, History, fine_tune
+from .recover.finetune import Data, History, fine_tune, one_pass
 from .report.data import Report
+from .running import Clock, Stage, other_run, take_place
 from .summary import Findings, quality_of, summarize
 from .sweep import front, sensitivity
 
-__all__ = ["FineTune", "Pruned", "load", "prune", "prune_in_training"]
+__all__ = ["FineTune", "Pruned", "load", "prune"]
 
-Stage = Callable[[str], None]
+Repair = Callable[[nn.Module, ModelPlan], nn.Module]
 _PLAN = "plan.safetensors"
-_RUN = "run.safetensors"
 # What every method passes on to `plan`; what else it takes, its signature names.
 _SHARED = ("scope", "ignore", "seed")
 
@@ -66,17 +62,28 @@ class FineTune:
         if (self.epochs is None) == (self.steps is None):
             raise OptionError(f"FineTune needs epochs or steps, and not both; got {self.epochs} and {self.steps}.")
 
+    def training_data(self, data: Data | None) -> Data:
+        """This recipe's own data, else `data`.
+
+        Raises:
+            OptionError: there is neither.
+        """
+        found = data if self.data is None else self.data
+        if found is None:
+            raise OptionError("recover= needs training data: pass data=, or FineTune(data=…).")
+        return found
+
     def total_steps(self, data: Data) -> int:
         """Optimizer steps of the whole training on `data`; read once where it does not tell its length."""
         if self.steps is not None:
             return self.steps
-        first = data(0) if callable(data) else data
+        first = one_pass(data)
         return (self.epochs or 0) * (length_hint(first) or sum(1 for _ in first))
 
     def run(self, model: nn.Module, teacher: nn.Module, data: Data, **options: Any) -> History:
         """The history of training `model` on this recipe's own data, else on `data`."""
         settings = {k: v for k, v in vars(self).items() if k not in ("distill", "data")}
-        own = data if self.data is None else self.data
+        own = self.training_data(data)
         return fine_tune(model, own, teacher=teacher if self.distill else None, **settings, **options)
 
 
@@ -142,6 +149,7 @@ def prune(
     on_stage: Stage | None = None,
     on_step: Callable[[Any], None] | None = None,
     name: str | None = None,
+    repair: Repair | None = None,
     **options: Any,
 ) -> Pruned:
     """`model` pruned to `budget`: units found, scored and chosen, cut out, proven, repaired and measured.
@@ -167,6 +175,8 @@ def prune(
             result; nothing is kept without it.
         on_stage, on_step: told the name of each stage, and each training step, for a progress bar.
         name: of the model, for the report.
+        repair: `(model, plan) -> model`, a copy of the same shapes with other weights, to which the plan is applied; a
+            closed-form solver of a method.
         options: of `plan`: criterion, allocation, granularity, scope, ignore, floor, round_to, seed …
 
     Raises:
@@ -183,20 +193,22 @@ def prune(
             "checkpoint": checkpoint, "on_stage": on_stage, "on_step": on_step, "name": name,
         }  # fmt: skip
         return _by_method(method, options)(model, example_inputs, budget, **common, **options)
-    tell = on_stage or (lambda _name: None)
     batches = batches_of(data)
-    training = None if recover is None else _training_data(recover, batches)
+    training = None if recover is None else recover.training_data(batches)
     tests = None if test is None else take(test, what="test data")
     if tests is None and (sensitivities or budgets):
         raise OptionError("sensitivities= and budgets= are measured on test data: pass test=.")
     notes = Findings(model=name or type(model).__name__)
-    clock = _Clock(notes.seconds, tell)
+    clock = Clock(notes.seconds, on_stage)
     folder = None if checkpoint is None else Path(checkpoint)
     with clock("planning"):
         decided = _planned(model, example_inputs, budget, folder, data=batches, loss=loss, **options)
+    seed, source = decided.recipe.seed, model
+    if repair is not None:
+        with clock("repairing"), seeded(seed, "repairing"):
+            source = repair(model, decided)
     with clock("cutting"):
-        made, masks, notes.proof = _applied(model, decided)
-    seed = decided.recipe.seed
+        made, masks, notes.proof = _applied(source, decided)
     if tests is not None:
         with clock("testing"):
             notes.quality["before"] = quality_of(model, tests)
@@ -220,7 +232,7 @@ def prune(
     with clock("measuring"):
         report = summarize(model, made, decided, example_inputs, notes, timed=measure)
     if inplace:
-        made = _take_place(model, made)
+        made = take_place(model, made)
     return Pruned(made, decided, report, masks)
 
 
@@ -248,113 +260,6 @@ def _by_method(name: str, options: Iterable[str]) -> Callable[..., Pruned]:
     return run
 
 
-def _training_data(recover: FineTune, data: Iterable[Any] | None) -> Data:
-    found = data if recover.data is None else recover.data
-    if found is None:
-        raise OptionError("recover= needs training data: pass data=, or FineTune(data=…).")
-    return found
-
-
-def prune_in_training(
-    model: nn.Module,
-    example_inputs: Any,
-    budget: str | Budget,
-    pruner: Callable[[nn.Module, Any, int, dict[str, Any]], Any],
-    *,
-    recover: FineTune | None,
-    data: Iterable[Any] | None = None,
-    test: Iterable[Any] | None = None,
-    loss: Loss | None = None,
-    granularity: str = "weight",
-    allocation: str = "uniform",
-    scope: str | Sequence[str] | None = None,
-    ignore: str | Sequence[str] = (),
-    seed: int = 0,
-    measure: bool = True,
-    inplace: bool = False,
-    checkpoint: str | Path | None = None,
-    on_stage: Stage | None = None,
-    on_step: Callable[[Any], None] | None = None,
-    name: str | None = None,
-    settings: Mapping[str, Any] | None = None,
-    recalibrate: bool = True,
-    sensitivities: Sequence[float] = (),
-    budgets: Sequence[str] = (),
-) -> Pruned:
-    """`model` trained by `recover` with a train-time pruner at work, as `prune` reports it.
-
-    Args:
-        pruner: from (model, optimizer, number of optimizer steps, {scope, ignore}) to the pruner.
-        recover: the training.
-        granularity, allocation: what the pruner follows, for the plan and the report.
-        settings: the pruner's own, by which a checkpoint knows its run.
-        recalibrate: without effect, since batch-norm statistics follow the training.
-        sensitivities, budgets: refused, since nothing is scored once from which other decisions could be made.
-        others: as for `prune`.
-
-    Raises:
-        OptionError: no training, no data for it, or a checkpoint of another run.
-        ModelError: NaN or infinite weights.
-    """
-    if recover is None:
-        raise OptionError("this method prunes while it trains: pass recover=FineTune(epochs=…, lr=…) and data=.")
-    if sensitivities or budgets:
-        raise OptionError(
-            "a method that prunes while it trains makes one decision: leave out sensitivities= and budgets=."
-        )
-    training = _training_data(recover, batches_of(data))
-    tests = None if test is None else take(test, what="test data")
-    check_finite(model)
-    recipe = recipe_of(
-        budget, granularity=granularity, allocation=allocation, scope=scope, ignore=ignore, seed=seed
-    )  # fmt: skip
-    if checkpoint is not None:
-        _claim(Path(checkpoint), {"recipe": recipe.to_dict(), "model": digest(model), "settings": dict(settings or {})})
-    notes = Findings(model=name or type(model).__name__)
-    clock = _Clock(notes.seconds, on_stage or (lambda _name: None))
-    if tests is not None:
-        notes.quality["before"] = quality_of(model, tests)
-    made = copy.deepcopy(model)
-    steps = recover.total_steps(training)
-    chosen = {"scope": scope, "ignore": ignore}
-    built: list[Any] = []
-
-    def build(trained: nn.Module, optimizer: Any) -> Any:
-        built.append(pruner(trained, optimizer, steps, chosen))
-        return built[0]
-
-    with clock("training"):
-        notes.history = recover.run(
-            made, model, training, pruner=build, loss=loss, seed=seed, checkpoint=checkpoint, on_step=on_step
-        )
-    masks = built[0].finalize()
-    if tests is not None:
-        notes.quality["pruned in training"] = quality_of(made, tests)
-    decided = plan_of_masks(made, example_inputs, masks, recipe)
-    with clock("measuring"):
-        report = summarize(model, made, decided, example_inputs, notes, timed=measure)
-    return Pruned(_take_place(model, made) if inplace else made, decided, report, masks)
-
-
-class _Clock:
-    """`with clock("cutting"):` tells the stage and notes its seconds."""
-
-    def __init__(self, seconds: dict[str, float], tell: Stage) -> None:
-        self._seconds, self._tell = seconds, tell
-        self._name, self._start = "", 0.0
-
-    def __call__(self, name: str) -> _Clock:
-        self._name = name
-        return self
-
-    def __enter__(self) -> None:
-        self._tell(self._name)
-        self._start = perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._seconds[self._name] = self._seconds.get(self._name, 0.0) + perf_counter() - self._start
-
-
 def _planned(
     model: nn.Module, example_inputs: Any, budget: str | Budget, folder: Path | None, **options: Any
 ) -> ModelPlan:
@@ -366,26 +271,11 @@ def _planned(
     if file.exists():
         known = ModelPlan.load(file)
         if known.recipe != asked or known.digest != digest(model):
-            raise _other_run(folder)
+            raise other_run(folder)
         return replace(known, example_inputs=example_inputs)
     made = make_plan(model, example_inputs, budget, **options)
     made.save(file)
     return made
-
-
-def _claim(folder: Path, run: dict[str, Any]) -> None:
-    """None; the folder is from now on that of `run`, unless it is another's already."""
-    file = folder / _RUN
-    if not file.exists():
-        write_state(file, run, "run")
-    elif read_state(file, "run") != run:
-        raise _other_run(folder)
-
-
-def _other_run(folder: Path) -> OptionError:
-    return OptionError(
-        f"{folder} holds a run of another model, budget or options; give another folder, or delete it to start again."
-    )
 
 
 def _applied(model: nn.Module, decided: ModelPlan) -> tuple[nn.Module, dict[str, Tensor], float | None]:
@@ -393,10 +283,3 @@ def _applied(model: nn.Module, decided: ModelPlan) -> tuple[nn.Module, dict[str,
         return decided.mask(model), decided.masks(model), None
     smaller, error = decided.proven_cut(model)
     return smaller, {}, error
-
-
-def _take_place(model: nn.Module, made: nn.Module) -> nn.Module:
-    """`model` with the class, attributes and submodules of `made`: whoever holds it holds the pruned one."""
-    model.__class__ = made.__class__
-    model.__dict__ = copy.copy(made.__dict__)
-    return model

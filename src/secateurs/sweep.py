@@ -72,7 +72,7 @@ def front(
     Raises:
         BudgetError: one of the budgets cannot be met.
     """
-    measure = None if plan.structure is None else timer(model, plan.structure, plan.scores, plan.example_inputs)
+    measure = timer(model, plan.structure, plan.scores, plan.example_inputs)
     points = []
     for budget in budgets:
         decided = plan.rebudget(budget, measure)

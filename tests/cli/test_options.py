@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from inspect import signature
+from typing import Any
+
 import pytest
 import typer
 
@@ -46,3 +49,20 @@ def test_settings() -> None:
 def test_a_setting_without_value_is_misuse() -> None:
     with pytest.raises(typer.BadParameter, match="'power' must read NAME=VALUE"):
         _options._settings(["power"])
+
+
+def test_records_of_options_are_taken_apart_in_their_place_and_put_together() -> None:
+    told: list[Any] = []
+
+    def command(model: str, *, first: bool = False, output: _options.Output, last: int = 1) -> None:
+        """Do it."""
+        told.append((model, first, output, last))
+
+    made = _options.flat(command)
+    taken = signature(made).parameters
+    assert list(taken) == ["model", "first", "as_json", "quiet", "debug", "last"]
+    assert [taken[name].default for name in ("as_json", "last")] == [False, 1]
+    assert taken["quiet"].annotation == _options.Quiet
+    assert made.__doc__ == "Do it."
+    made(model="m", first=True, as_json=False, quiet=True, debug=False, last=2)
+    assert told == [("m", True, _options.Output(quiet=True), 2)]

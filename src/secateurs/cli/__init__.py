@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from . import bench, demo, inspect, methods, prune, report, worth
+from ._options import flat
 
 __all__ = ["app", "main"]
 
@@ -19,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for _command in (prune.prune, inspect.inspect, methods.methods, report.report, bench.bench, worth.worth, demo.demo):
-    app.command()(_command)
+    app.command()(flat(_command))
 
 
 def _version(asked: bool) -> None:

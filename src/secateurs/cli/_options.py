@@ -1,10 +1,17 @@
-"""Options that several commands take, and how the texts of some are read."""
+"""Options that several commands take, alone and in records, and how the texts of some are read."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from ..integrations import LoadedModel
 
 MODEL = (
     "timm/NAME, torchvision/NAME, the name or folder of a Hugging Face model, a folder that secateurs saved, or "
@@ -115,3 +122,64 @@ Settings = Annotated[
         help="An option of the method or, without one, of the criterion; repeatable.",
     ),
 ]
+
+
+@dataclass(frozen=True)
+class Opening:
+    """The options by which a command opens a MODEL."""
+
+    shape: Input = None
+    batch: Batch = 1
+    random_weights: RandomWeights = False
+    trust: Trust = None
+    trust_remote_code: TrustRemoteCode = False
+    device: Device = "cpu"
+    threads: Threads = None
+    seed: Seed = 0
+
+    def load(self, model: str) -> LoadedModel:
+        """The model that was named, not yet on the device that was asked for."""
+        from ..integrations import load_model_from
+
+        return load_model_from(
+            model,
+            random_weights=self.random_weights,
+            batch=self.batch,
+            shape=shape_of(self.shape),
+            seed=self.seed,
+            trust=self.trust or (),
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    def ready(self, model: str) -> LoadedModel:
+        """The model that was named, with inputs to run it on, on the device that was asked for."""
+        return self.load(model).runnable().to(self.device)
+
+
+@dataclass(frozen=True)
+class Output:
+    """The options by which a command speaks; see `session`."""
+
+    as_json: Json = False
+    quiet: Quiet = False
+    debug: Debug = False
+
+
+def flat(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as typer reads it: a record of options among its parameters is taken apart into its fields."""
+    taken = signature(command, eval_str=True).parameters
+    records: dict[str, Any] = {name: p.annotation for name, p in taken.items() if is_dataclass(p.annotation)}
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        made = {name: kind(**{f.name: given.pop(f.name) for f in fields(kind)}) for name, kind in records.items()}
+        command(**given, **made)
+
+    options = [
+        option
+        for name, parameter in taken.items()
+        for option in (signature(records[name], eval_str=True).parameters.values() if name in records else [parameter])
+    ]
+    run.__dict__["__signature__"] = Signature([o.replace(kind=Parameter.KEYWORD_ONLY) for o in options])
+    run.__annotations__ = {option.name: option.annotation for option in options}
+    return run

@@ -64,6 +64,7 @@ def session(*, as_json: bool, debug: bool, quiet: bool = False, threads: int | N
     except (typer.Exit, typer.Abort, BrokenPipeError):
         raise
     except Exception as error:
+        # The outermost door: a person gets a sentence, which says so where the error was not foreseen.
         if debug:
             raise
         typer.echo(f"error: {_sentence(error)}", err=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import FileError, OptionError
-from ..deploy.folder import replace_file
+from ..core.folder import replace_file
 
 _SETTINGS = "command.json"
 

@@ -6,21 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ._options import (
-    MODEL,
-    Batch,
-    Debug,
-    Device,
-    Input,
-    Json,
-    Quiet,
-    RandomWeights,
-    Seed,
-    Threads,
-    Trust,
-    TrustRemoteCode,
-    shape_of,
-)
+from ._options import MODEL, Opening, Output
 from ._session import session, table
 
 if TYPE_CHECKING:
@@ -32,41 +18,19 @@ __all__ = ["bench"]
 
 def bench(
     models: Annotated[list[str], typer.Argument(metavar="MODEL…", help=MODEL, show_default=False)],
-    shape: Input = None,
-    batch: Batch = 1,
+    *,
     seconds: Annotated[float, typer.Option("--seconds", min=0.01, help="Time to spend on each model.")] = 2.0,
-    random_weights: RandomWeights = False,
-    trust: Trust = None,
-    trust_remote_code: TrustRemoteCode = False,
-    device: Device = "cpu",
-    threads: Threads = None,
-    seed: Seed = 0,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    opening: Opening,
+    output: Output,
 ) -> None:
     """Time models in turn in one run, and compare them with the first.
 
     Every round runs each model once, so that what disturbs the machine disturbs all of them.
     """
-    with session(as_json=as_json, debug=debug, quiet=quiet, threads=threads) as talk:
-        from ..integrations import load_model_from
+    with session(**vars(output), threads=opening.threads) as talk:
         from ..measure.latency import compare
 
-        opened = {
-            name: load_model_from(
-                spec,
-                random_weights=random_weights,
-                batch=batch,
-                shape=shape_of(shape),
-                seed=seed,
-                trust=trust or (),
-                trust_remote_code=trust_remote_code,
-            )
-            .runnable()
-            .to(device)
-            for name, spec in zip(_names(models), models, strict=True)
-        }
+        opened = {name: opening.ready(model) for name, model in zip(_names(models), models, strict=True)}
         talk.say(f"timing {len(opened)} model{'s' * (len(opened) > 1)} in turn")
         timings = compare(
             {name: source.model for name, source in opened.items()},

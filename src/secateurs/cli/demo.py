@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ._options import Debug, Json, Quiet, Seed, Threads
+from ._options import Output, Seed, Threads
 from ._session import Stages, session, table
 
 if TYPE_CHECKING:
@@ -17,16 +17,15 @@ __all__ = ["demo"]
 
 
 def demo(
+    *,
     out: Annotated[Path, typer.Option("--out", help="A folder for what is made.")] = Path("demo-out"),
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Of the training; repairs take half as many.")] = 10,
     seed: Seed = 0,
     threads: Threads = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    output: Output,
 ) -> None:
     """Train a small network on handwritten digits, prune it and prove it: one minute."""
-    with session(as_json=as_json, debug=debug, quiet=quiet, threads=threads) as talk:
+    with session(**vars(output), threads=threads) as talk:
         from ..demo import run
 
         with Stages(talk) as stages:

@@ -7,22 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ._options import (
-    Batch,
-    Debug,
-    Device,
-    Granularity,
-    Input,
-    Json,
-    Model,
-    Quiet,
-    RandomWeights,
-    Seed,
-    Threads,
-    Trust,
-    TrustRemoteCode,
-    shape_of,
-)
+from ._options import Granularity, Model, Opening, Output
 from ._session import session, table
 
 if TYPE_CHECKING:
@@ -35,36 +20,18 @@ __all__ = ["inspect"]
 
 def inspect(
     model: Model,
+    *,
     granularity: Granularity = None,
-    shape: Input = None,
-    batch: Batch = 1,
     time: Annotated[bool, typer.Option("--time", help="Measure each layer's share of the time.")] = False,
-    random_weights: RandomWeights = False,
-    trust: Trust = None,
-    trust_remote_code: TrustRemoteCode = False,
-    device: Device = "cpu",
-    threads: Threads = None,
-    seed: Seed = 0,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    opening: Opening,
+    output: Output,
 ) -> None:
     """Show what of a model can go, what goes along with it, and what stays and why."""
-    with session(as_json=as_json, debug=debug, quiet=quiet, threads=threads) as talk:
-        from ..integrations import load_model_from
+    with session(**vars(output), threads=opening.threads) as talk:
         from ..planning import Granularity as Units
 
         units = Units.parse(granularity or "channel")
-        source = load_model_from(
-            model,
-            random_weights=random_weights,
-            batch=batch,
-            shape=shape_of(shape),
-            seed=seed,
-            trust=trust or (),
-            trust_remote_code=trust_remote_code,
-        )
-        source = source.runnable().to(device)
+        source = opening.ready(model)
         times = _times(source) if time else {}
         found = _channels(source, units.kinds, times) if units.kinds else _weights(source, units.block, times)
         talk.result(found, *_shown(found))

@@ -13,26 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ._options import (
-    Batch,
-    Debug,
-    Device,
-    Floor,
-    Granularity,
-    Input,
-    Json,
-    Model,
-    Quiet,
-    RandomWeights,
-    Seed,
-    Settings,
-    Threads,
-    Trust,
-    TrustRemoteCode,
-    floor_of,
-    settings_of,
-    shape_of,
-)
+from ._options import Floor, Granularity, Model, Opening, Output, Settings, floor_of, settings_of
 from ._session import Session, Stages, session
 
 if TYPE_CHECKING:
@@ -63,6 +44,7 @@ class Export(str, Enum):
 
 def prune(
     context: typer.Context,
+    *,
     model: Model,
     budget: Annotated[
         str,
@@ -126,42 +108,24 @@ def prune(
     export: Annotated[
         list[Export] | None, typer.Option("--export", help="Also write OUT.onnx or OUT.pt2; repeatable.")
     ] = None,
-    shape: Input = None,
-    batch: Batch = 1,
-    random_weights: RandomWeights = False,
-    trust: Trust = None,
-    trust_remote_code: TrustRemoteCode = False,
-    device: Device = "cpu",
-    threads: Threads = None,
-    seed: Seed = 0,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    opening: Opening,
+    output: Output,
 ) -> None:
     """Prune a model to a budget; save the result, its plan and its report.
 
     The model itself is never changed. A run that is killed goes on with --resume to the same result.
     """
-    with session(as_json=as_json, debug=debug, quiet=quiet, threads=threads) as talk:
+    with session(**vars(output), threads=opening.threads) as talk:
         from .. import pruning
-        from ..integrations import load_model_from
         from . import _work
 
         given = context.params
         options = _plan_options(given)
         recipe = _checked(given, options)
         place = _work.checked_out(out, model)
-        source = load_model_from(
-            model,
-            random_weights=random_weights,
-            batch=batch,
-            shape=shape_of(shape),
-            seed=seed,
-            trust=trust or (),
-            trust_remote_code=trust_remote_code,
-        )
+        source = opening.load(model)
         known, tests = _opened(source, data, "train", given), _opened(source, test_data, "test", given)
-        source = _with_examples(source, known or tests, batch).to(device)
+        source = _with_examples(source, known or tests, opening.batch).to(opening.device)
         for note in _announcements(recipe, method, source, test_data):
             talk.say(f"note: {note}")
         work = _work.opened(place, given, _BESIDE, resume)
@@ -184,6 +148,7 @@ def prune(
                     **options,
                 )
         except Exception:
+            # Whatever stopped the run, its work folder is either worth keeping or in the way of the next one.
             if not _work.close_if_unused(work):
                 talk.say(f"note: what is done so far is kept in {work}; --resume goes on from there.")
             raise

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ._options import Debug, Granularity, Input, Json, Quiet, Threads, shape_of
+from ._options import Granularity, Input, Opening, Output, Threads
 from ._session import session, table
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ _FACTORY = "module:factory, a function of yours that makes the untrained large n
 
 def worth(
     model: Annotated[str, typer.Argument(help=_FACTORY, show_default=False)],
+    *,
     budget: Annotated[str, typer.Option("--budget", help="What the architecture is pruned to, as macs<=50%.")],
     data: Annotated[str, typer.Option("--data", help="Training data, as for prune.")],
     test_data: Annotated[str, typer.Option("--test-data", help="Data that every arm is tested on.")],
@@ -33,22 +34,20 @@ def worth(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 64,
     shape: Input = None,
     threads: Threads = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    output: Output,
 ) -> None:
     """Train the pruned architecture from scratch, and fine-tune it, and compare (arXiv 1810.05270).
 
     Every arm is shown with its mean and deviation over the seeds; nothing is chosen by the test data.
     """
-    with session(as_json=as_json, debug=debug, quiet=quiet, threads=threads) as talk:
-        from ..integrations import load_data, load_model_from
+    with session(**vars(output), threads=threads) as talk:
+        from ..integrations import load_data
         from ..methods.channels.rethinking_value import Protocol, rethinking_value
 
         def build(seed: int) -> nn.Module:
-            return load_model_from(model, random_weights=True, shape=shape_of(shape), seed=seed).model
+            return Opening(shape, random_weights=True, seed=seed).load(model).model
 
-        opened = load_model_from(model, random_weights=True, shape=shape_of(shape))
+        opened = Opening(shape, random_weights=True).load(model)
         formats: dict[str, Any] = {"images": opened.images, "text": opened.text, "size": batch_size, "seed": 0}
         train = load_data(data, split="train", **formats)
         tests = list(load_data(test_data, split="test", **formats))

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .errors import DataError
 
-__all__ = ["Loss", "call", "default_loss", "device_of", "leaves", "main_output", "move", "split", "take"]
+__all__ = ["Loss", "call", "default_loss", "device_of", "double", "leaves", "main_output", "move", "split", "take"]
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -111,6 +111,11 @@ def device_of(model: nn.Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
+
+
+def double(tensor: Tensor) -> Tensor:
+    """`tensor` in float64; moved to the CPU where its device has no such type."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def take(data: Iterable[Any] | None, limit: int | None = None, what: str = "calibration data") -> list[Any]:

@@ -1,18 +1,18 @@
-"""Whether an exported model still says what the model says, and the state in which a model is exported."""
+"""What every export does: how a model is handed to PyTorch, and whether the file still says what the model says."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.batch import call, leaves
-from ..core.errors import DataError, ProofError
+from ..core.errors import DataError, ModelError, ProofError
 
-__all__ = ["agree", "arguments", "batch_shapes", "enlarged", "exporting", "outputs"]
+__all__ = ["agree", "agree_on", "arguments", "batch_shapes", "enlarged", "exported", "exporting", "outputs"]
 
 # Two runtimes sum in different orders: float32 outputs of deep networks differ by some 1e-6 of their size, half
 # precision by its own rounding.
@@ -47,6 +47,32 @@ def exporting(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
 
 
+def exported(
+    export: Callable[[tuple[Any, ...], dict[str, Any], Any], Any],
+    example_inputs: Any,
+    dynamic_batch: bool,
+    to: str = "",
+) -> Any:
+    """What `export` returns.
+
+    Args:
+        export: PyTorch's exporter of one model; takes positional arguments, keyword arguments and dynamic shapes.
+        example_inputs: a tensor, a tuple or a mapping.
+        dynamic_batch: whether the batch size is free.
+        to: the format, for the error, as " to ONNX".
+
+    Raises:
+        ModelError: PyTorch cannot export the model.
+    """
+    args, kwargs = arguments(example_inputs)
+    shapes = batch_shapes(example_inputs) if dynamic_batch else None
+    try:
+        return export(args, kwargs, shapes)
+    except (RuntimeError, ValueError, TypeError) as error:
+        advice = "; give a batch of at least two, or dynamic_batch=False" if dynamic_batch else ""
+        raise ModelError(f"PyTorch cannot export this model{to}{advice}: {error}") from error
+
+
 def outputs(model: Any, example_inputs: Any) -> list[Tensor]:
     """The tensors of the model's output in order, on the CPU."""
     return [tensor.detach().cpu() for tensor in leaves(call(model, example_inputs))]
@@ -77,6 +103,28 @@ def agree(expected: Sequence[Tensor], found: Sequence[Tensor], what: str, tolera
                 f"output {index} of the model and of {what} differ by up to {worst:.3g}, where {allowed:.3g} is "
                 "allowed: do not use it; pass tolerance= if that is good enough."
             )
+
+
+def agree_on(
+    model: nn.Module,
+    run: Callable[[Any], Sequence[Tensor]],
+    example_inputs: Any,
+    dynamic_batch: bool,
+    what: str,
+    tolerance: float | None,
+) -> None:
+    """Returns if the outputs agree on the example inputs and, with `dynamic_batch`, on one sample more.
+
+    Args:
+        model: that was exported.
+        run: the outputs of what was exported, for inputs.
+        what, tolerance: see `agree`.
+
+    Raises:
+        ProofError: see `agree`.
+    """
+    for inputs in (example_inputs, enlarged(example_inputs))[: 1 + dynamic_batch]:
+        agree(outputs(model, inputs), run(inputs), what, tolerance)
 
 
 def _difference(left: Tensor, right: Tensor) -> float:

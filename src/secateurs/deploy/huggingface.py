@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..core.errors import FileError, MissingExtraError, ModelError, ProofError
-from .folder import replace
+from ..core.folder import replace
 
 __all__ = ["save_pretrained"]
 

@@ -6,6 +6,7 @@ import importlib
 import itertools
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.batch import leaves
-from ..core.errors import MissingExtraError, ModelError, OptionError
-from .agreement import agree, arguments, batch_shapes, enlarged, exporting, outputs
-from .folder import replace_file
+from ..core.errors import MissingExtraError, OptionError
+from ..core.folder import replace_file
+from .agreement import agree_on, arguments, exported, exporting
 
 __all__ = ["export_onnx"]
 
@@ -64,8 +65,7 @@ def export_onnx(
             program.save(fresh, external_data=_size(model) > _ONE_FILE)
             if check:
                 session = runtime.InferenceSession(str(fresh), providers=["CPUExecutionProvider"])
-                for inputs in (example_inputs, enlarged(example_inputs))[: 1 + dynamic_batch]:
-                    agree(outputs(model, inputs), _run(session, inputs), "the ONNX file", tolerance)
+                agree_on(model, partial(_run, session), example_inputs, dynamic_batch, "the ONNX file", tolerance)
 
         replace_file(place, write)
     return place
@@ -88,9 +88,7 @@ def _refuse_bfloat16(model: nn.Module, example_inputs: Any) -> None:
 
 
 def _program(model: nn.Module, example_inputs: Any, dynamic_batch: bool) -> Any:
-    args, kwargs = arguments(example_inputs)
-    shapes = batch_shapes(example_inputs) if dynamic_batch else None
-    try:
+    def export(args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> Any:
         with warnings.catch_warnings():
             # Deprecations inside the exporter are not the caller's business.
             warnings.simplefilter("ignore", FutureWarning)
@@ -98,9 +96,8 @@ def _program(model: nn.Module, example_inputs: Any, dynamic_batch: bool) -> Any:
             return torch.onnx.export(
                 model, args, None, kwargs=kwargs, dynamic_shapes=shapes, dynamo=True, verbose=False
             )
-    except (RuntimeError, ValueError, TypeError) as error:
-        advice = "; give a batch of at least two, or dynamic_batch=False" if dynamic_batch else ""
-        raise ModelError(f"PyTorch cannot export this model to ONNX{advice}: {error}") from error
+
+    return exported(export, example_inputs, dynamic_batch, " to ONNX")
 
 
 def _size(model: nn.Module) -> int:

@@ -5,15 +5,16 @@ The file is PyTorch's own format (`.pt2`); read it with `torch.export.load`, and
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..core.errors import ModelError, OptionError
-from .agreement import agree, arguments, batch_shapes, enlarged, exporting, outputs
-from .folder import replace_file
+from ..core.errors import OptionError
+from ..core.folder import replace_file
+from .agreement import agree_on, exported, exporting, outputs
 
 __all__ = ["export_program"]
 
@@ -55,19 +56,16 @@ def export_program(
 
         def write(fresh: Path) -> None:
             torch.export.save(program, fresh)
-            loaded = torch.export.load(fresh).module() if check else None
-            for inputs in (example_inputs, enlarged(example_inputs))[: 1 + dynamic_batch] if check else ():
-                agree(outputs(model, inputs), outputs(loaded, inputs), "the exported program", tolerance)
+            if check:
+                run = partial(outputs, torch.export.load(fresh).module())
+                agree_on(model, run, example_inputs, dynamic_batch, "the exported program", tolerance)
 
         replace_file(place, write)
     return place
 
 
 def _program(model: nn.Module, example_inputs: Any, dynamic_batch: bool) -> Any:
-    args, kwargs = arguments(example_inputs)
-    shapes = batch_shapes(example_inputs) if dynamic_batch else None
-    try:
+    def export(args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> Any:
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
-    except (RuntimeError, ValueError, TypeError) as error:
-        advice = "; give a batch of at least two, or dynamic_batch=False" if dynamic_batch else ""
-        raise ModelError(f"PyTorch cannot export this model{advice}: {error}") from error
+
+    return exported(export, example_inputs, dynamic_batch)

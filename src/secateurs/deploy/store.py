@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..core.errors import FileError, OptionError
+from ..core.folder import current, replace
 from .fields import checked
-from .folder import current, replace
 from .references import module_of
 from .skeleton import decode, encode
 

@@ -202,6 +202,7 @@ def _factory(spec: str, seed: int) -> LoadedModel:
         with seeded(seed, "weights"):
             made = found()
     except Exception as error:
+        # A function of the user's own may raise anything.
         raise ModelError(f"{spec} failed with {type(error).__name__}: {_line(error)}") from error
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
@@ -282,6 +283,7 @@ def _hugging_face(spec: str, random_weights: bool, trust_remote_code: bool, batc
     try:
         model = hub.model_of(spec, random_weights, trust_remote_code)
     except Exception as error:
+        # Hub, configuration, weights and the model's own code each have errors of their own.
         hint = "; --trust-remote-code lets its code run" if "trust_remote_code" in str(error) else ""
         raise ModelError(f"{spec} cannot be loaded as a Hugging Face model ({_line(error)}){hint}; {_WHAT}.") from error
     images = hub.images_of(spec, model.config)

@@ -38,6 +38,7 @@ def forward(model: nn.Module, inputs: Any) -> Any:
         placed = next(chain(model.parameters(), model.buffers()), None)
         return call(model, inputs if placed is None else move(inputs, placed.device))
     except Exception as error:
+        # The forward pass is the user's code, which may raise anything.
         shapes = ", ".join(str(tuple(t.shape)) for t in leaves(inputs)) or "no tensor"
         raise ModelError(
             f"{type(model).__name__} fails on the inputs given (shapes: {shapes}): {str(error).rstrip('. ')}. "

@@ -46,6 +46,7 @@ def recalibrate_batch_norm(model: nn.Module, data: Iterable[Any], *, batches: in
             for batch in chosen:
                 call(model, move(split(batch)[0], device_of(model)))
     except BaseException:
+        # Also where a person stops it: statistics of half the data are neither the old nor the new ones.
         for norm, buffers in zip(norms, before, strict=True):
             _restore(norm, buffers)
         raise

@@ -22,7 +22,7 @@ from .distill import Distillation
 from .objective import training_objective
 from .schedules import Rate, get_rate
 
-__all__ = ["Data", "Epoch", "History", "Progress", "StepPruner", "fine_tune"]
+__all__ = ["Data", "Epoch", "History", "Progress", "StepPruner", "fine_tune", "one_pass"]
 
 Data = Iterable[Any] | Callable[[int], Iterable[Any]]
 MakeOptimizer = Callable[[list[nn.Parameter], float], Optimizer]
@@ -232,6 +232,11 @@ def _finished(run: _Run, history: History) -> bool:
     return history.steps >= (run.steps or 0)
 
 
+def one_pass(data: Data, epoch: int = 0) -> Iterable[Any]:
+    """The batches of one pass over the data; passes are counted from 0."""
+    return data(epoch) if callable(data) else data
+
+
 def _length(batches: Iterable[Any]) -> int | None:
     """Number of batches where it is known; a DataLoader of an iterable data set has the method and refuses it."""
     try:
@@ -242,7 +247,7 @@ def _length(batches: Iterable[Any]) -> int | None:
 
 def _pass(run: _Run, epoch: int, before: int) -> Epoch:
     """One pass over the data, cut short when the asked number of steps is reached."""
-    batches = run.data(epoch) if callable(run.data) else run.data
+    batches = one_pass(run.data, epoch)
     known = _length(batches)
     length = None if known is None else -(-known // run.accumulate)
     limit = None if run.steps is None else run.steps - before

@@ -70,6 +70,7 @@ class Pruner:
             if schedule.due(0):
                 self._update()
         except Exception:
+            # Whatever went wrong, no hook stays of a pruner that nobody gets to hold.
             self.masks.remove()
             raise
 

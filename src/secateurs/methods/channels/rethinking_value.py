@@ -32,7 +32,7 @@ from ...core.catalogue import Method, method
 from ...measure.macs import macs
 from ...measure.quality import evaluate
 from ...planning import plan
-from ...recover.finetune import Data, fine_tune
+from ...recover.finetune import Data, fine_tune, one_pass
 from ...recover.rewinding import rewind, snapshot
 from ...recover.scratch import reinitialize, scratch_epochs
 from ..parameters import Between, OneOf, Several, check
@@ -142,7 +142,7 @@ def rethinking_value(
     how, tests = options or Protocol(), take(test, what="test data")
     chosen = {"criterion": "magnitude", "allocation": "uniform", "criterion_options": {"members": "out"}, **pruning}
     # A budget that cannot be met is refused now and not after the dense training.
-    plan(build(how.seeds[0]), example_inputs, budget, data=_first(data), **chosen)
+    plan(build(how.seeds[0]), example_inputs, budget, data=one_pass(data), **chosen)
     results: dict[str, list[float]] = {}
     for seed in how.seeds:
         for name, accuracy in _one_seed(build, example_inputs, budget, data, tests, how, seed, chosen):
@@ -161,7 +161,7 @@ def _one_seed(
     dense = build(seed)
     initial = snapshot(dense)
     _train(dense, data, how, how.epochs, how.lr, seed, "step")
-    decided = plan(dense, example_inputs, budget, data=_first(data), seed=seed, **pruning)
+    decided = plan(dense, example_inputs, budget, data=one_pass(data), seed=seed, **pruning)
     masks = None if decided.structure else decided.masks(dense)
 
     def pruned() -> nn.Module:
@@ -193,10 +193,6 @@ def _train(
         model, data, epochs=epochs, lr=lr, weight_decay=how.weight_decay, schedule=schedule, masks=masks, seed=seed
     )
     return model
-
-
-def _first(data: Data) -> Iterable[Any]:
-    return data(0) if callable(data) else data
 
 
 def _accuracy(model: nn.Module, test: Sequence[Any]) -> float:

@@ -27,8 +27,9 @@ from ...core.allocate import get_allocation
 from ...core.budget import Budget
 from ...core.catalogue import Method, method
 from ...core.errors import BudgetError, OptionError
+from ...in_training import prune_in_training
 from ...planning import Granularity
-from ...pruning import FineTune, Pruned, prune_in_training
+from ...pruning import FineTune, Pruned
 from ...train.magnitude import GradualMagnitude
 from ...train.masking import Revive
 from ..parameters import Between, OneOf, Registered, check

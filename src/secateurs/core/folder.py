@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from ..core.errors import FileError
+from .errors import FileError
 
 __all__ = ["current", "replace", "replace_file"]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from secateurs.core import folder as module
 from secateurs.core.errors import FileError
-from secateurs.deploy import folder as module
-from secateurs.deploy.folder import current, replace, replace_file
+from secateurs.core.folder import current, replace, replace_file
 
 
 class Killed(BaseException):
