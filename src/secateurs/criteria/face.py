@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..core.batch import Loss, take
 from ..core.errors import ModelError, OptionError
+from ..core.finite import all_finite
 from ..core.units import Cache, Group, WeightGroup, normalized
 from .lifting import Lift, lifted, resolve, select
 from .registry import Criterion, criteria, get_criterion
@@ -127,7 +128,7 @@ def check_finite(model: nn.Module) -> None:
 
 
 def _broken(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all())
+    return tensor.is_floating_point() and not tensor.is_meta and not all_finite(tensor)
 
 
 def _batches(criterion: Criterion, data: Iterable[Any] | None) -> list[Any] | None:
@@ -173,7 +174,7 @@ def _check_saliency(criterion: Criterion, name: str, values: Tensor, parameter: 
             f"criterion {criterion.name!r} returned shape {tuple(values.shape)} for {name!r} of shape "
             f"{tuple(parameter.shape)}: it must return one value per entry."
         )
-    if not bool(torch.isfinite(values).all()):
+    if not all_finite(values):
         raise ModelError(
             f"criterion {criterion.name!r} gave NaN or infinite values for {name!r}: look at the loss and the data, "
             f"or run the model in float32."
@@ -193,6 +194,6 @@ def _finished(criterion: Criterion, group: Group, scores: Tensor) -> Tensor:
             f"which has {group.size} units: it must return one score per unit."
         )
     out = scores.detach().to("cpu", torch.float32)
-    if not bool(torch.isfinite(out).all()):
+    if not all_finite(out):
         raise ModelError(f"criterion {criterion.name!r} gave NaN or infinite scores for group {group.name!r}.")
     return out

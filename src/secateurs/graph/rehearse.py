@@ -8,124 +8,60 @@ to follow; where there is none, the groups involved are frozen, with the reason.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from traceback import walk_tb
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..core.batch import call, device_of
+from ..core.batch import device_of
 from ..core.dims import Atom, Concat, Dim, Fixed, Product, atoms, concat, kept, product, size, substitute
+from .follower import Misses, follow
 from .mend import apply_edits, matching_attributes
-from .run import execute, place, running, tensors_in
-from .trace import UNRECORDED, OpRecord, Trace, base_name, bound, numbers
-from .twin import meta_twin, named_tensors, shared_twin, twin
+from .run import place
+from .trace import OpRecord, Trace
+from .twin import meta_twin, named_tensors, set_mode, shared_twin, twin
 
 __all__ = ["rehearse"]
 
 _ROUNDS = 8
 _CALL = 6
 
-
-class _Stop(Exception):
-    """The run left the trace and cannot be followed further."""
+_Found = list[tuple[Trace, Misses]]
 
 
-@dataclass
-class _Misses:
-    """Where a rehearsal differed from the prediction: op numbers by cause."""
-
-    shapes: list[int] = field(default_factory=list)
-    factors: list[int] = field(default_factory=list)
-    stopped: tuple[int, str, str] | None = None
-
-    def __bool__(self) -> bool:
-        return bool(self.shapes or self.factors or self.stopped)
-
-    @property
-    def first(self) -> float:
-        """The number of the first op that went wrong; infinite where none did."""
-        stopped = [self.stopped[0]] if self.stopped else []
-        return min([*self.shapes, *self.factors, *stopped], default=math.inf)
-
-
-class _Follower(TorchDispatchMode):
-    """Runs beside a trace; where an op fails or gives another shape, notes it and goes on with the predicted one."""
-
-    def __init__(self, ops: list[OpRecord], sized: Callable[[Dim], int]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # PyTorch leaves it unannotated
-        self.misses = _Misses()
-        self.at = 0
-        self._ops = ops
-        self._expected = [tuple(tuple(map(sized, dims)) for dims in op.dims) for op in ops]
-        self._whole = [all(sized(d) == size(d) for dims in (*op.dims, *op.inputs) for d in dims) for op in ops]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if base_name(func) in UNRECORDED:
-            return execute(func, args, kwargs)
-        if self.at >= len(self._ops) or self._ops[self.at].name != base_name(func):
-            raise _Stop(f"it calls {base_name(func)} where it did not before")
-        number, self.at = self.at, self.at + 1
-        record, expected = self._ops[number], self._expected[number]
-        ints, factors = numbers(func, bound(func, args, kwargs))
-        # An integer that changes where no size does is no size.
-        if factors != record.factors or (self._whole[number] and ints != record.ints):
-            self.misses.factors.append(number)
-        try:
-            result = execute(func, args, kwargs)
-        except (RuntimeError, IndexError, ValueError):
-            return self._instead(func, number)
-        if tuple(tuple(t.shape) for t in tensors_in(result)) != expected:
-            return self._instead(func, number)
-        return result
-
-    def finish(self) -> None:
-        """Refuse a run that ended before the trace did."""
-        if self.at < len(self._ops):
-            raise _Stop(f"it ends before it calls {self._ops[self.at].name}")
-
-    def _instead(self, func: Any, number: int) -> Any:
-        self.misses.shapes.append(number)
-        made = [
-            torch.empty(shape, dtype=dtype, device="meta")
-            for shape, dtype in zip(self._expected[number], self._ops[number].dtypes, strict=True)
-        ]
-        returns = func._schema.returns
-        if any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments):
-            raise _Stop(f"an in-place op of another shape: {self._ops[number].name}")
-        if len(returns) == 1:
-            return made[0] if str(returns[0].type) == "Tensor" else made
-        return tuple(made)
-
-
-def rehearse(model: nn.Module, example_inputs: Any, trace: Trace, *, real: bool) -> None:
-    """Completes `trace.edits` and freezes, in `trace.solver`, the groups that no cut can reach through Python code.
+def rehearse(model: nn.Module, example_inputs: Any, traces: Sequence[Trace]) -> None:
+    """Completes `edits` of the traces and freezes, in their solver, the groups that no cut can reach through Python.
 
     Args:
-        real: the trace ran on real tensors, so the rehearsal must too.
+        traces: of runs of the model that share their types.
     """
     tried: dict[str, list[Dim]] = {}
-    trace.edits.update(_head_counts(model, trace))
+    edits = traces[0].edits
+
+    def run() -> _Found:
+        found = [(trace, _run(model, example_inputs, trace)) for trace in traces]
+        return [(trace, misses) for trace, misses in found if misses]
+
+    for trace in traces:
+        edits.update(_head_counts(model, trace))
     for _ in range(_ROUNDS):
-        misses = _run(model, example_inputs, trace, real)
-        if not misses:
+        if not (found := run()):
             return
-        proposals = _proposals(model, trace, misses, tried)
+        proposals: dict[str, Dim] = {}
+        for trace, misses in found:
+            proposals.update(_proposals(model, trace, misses, tried))
         if proposals:
-            trace.edits.update(_needed(proposals, trace, lambda: _run(model, example_inputs, trace, real)))
+            edits.update(_needed(proposals, edits, run))
         else:
-            _give_up(trace, misses, tried)
-    _give_up_everything(model, example_inputs, trace, real)
+            _give_up_all(found, tried)
+    while (found := run()) and _give_up_all(found, {}):
+        pass
 
 
-def _needed(proposals: dict[str, Dim], trace: Trace, run: Callable[[], _Misses]) -> dict[str, Dim]:
-    """`proposals` without attributes that bring a run no further: steps or a shift can equal a width by chance.
+def _needed(proposals: dict[str, Dim], edits: dict[str, Dim], run: Callable[[], _Found]) -> dict[str, Dim]:
+    """`proposals` without attributes that mend nothing: steps or a shift can equal a width by chance.
 
     Doubted are only those that were proposed for the same dimension beside another; those of one name stand together.
     """
@@ -134,35 +70,35 @@ def _needed(proposals: dict[str, Dim], trace: Trace, run: Callable[[], _Misses])
     names = list(dict.fromkeys(map(_attribute, doubted)))
     if len(names) < 2:
         return proposals
-    before = trace.edits
+    before = dict(edits)
 
-    def reached(edits: dict[str, Dim]) -> float:
-        trace.edits = {**before, **edits}
-        first = run().first
-        trace.edits = before
-        return first
+    def left(more: Mapping[str, Dim]) -> int:
+        edits.update(more)
+        missed = sum(len(misses) for _, misses in run())
+        edits.clear()
+        edits.update(before)
+        return missed
 
     chosen = {key: dim for key, dim in proposals.items() if key not in doubted}
-    furthest = start = reached(chosen)
+    fewest = start = left(chosen)
     while names:
         more = {n: {**chosen, **{k: d for k, d in doubted.items() if _attribute(k) == n}} for n in names}
-        far = {n: reached(edits) for n, edits in more.items()}
-        best = max(names, key=far.__getitem__)
-        if far[best] <= furthest:
+        missed = {n: left(more[n]) for n in names}
+        best = min(names, key=missed.__getitem__)
+        if missed[best] >= fewest:
             break
-        chosen, furthest = more[best], far[best]
+        chosen, fewest = more[best], missed[best]
         names.remove(best)
-    return chosen if furthest > start else proposals
+    return chosen if fewest < start else proposals
 
 
 def _attribute(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-def _give_up_everything(model: nn.Module, example_inputs: Any, trace: Trace, real: bool) -> None:
-    while misses := _run(model, example_inputs, trace, real):
-        if not _give_up(trace, misses, {}):
-            return
+def _give_up_all(found: _Found, tried: dict[str, list[Dim]]) -> bool:
+    given_up = [_give_up(trace, misses, tried) for trace, misses in found]
+    return any(given_up)
 
 
 def _counts(trace: Trace) -> dict[str, int]:
@@ -171,33 +107,17 @@ def _counts(trace: Trace) -> dict[str, int]:
     return {name: n + 1 + number % 11 for number, (name, n) in enumerate(live.items())}
 
 
-def _run(model: nn.Module, example_inputs: Any, trace: Trace, real: bool) -> _Misses:
+def _run(model: nn.Module, example_inputs: Any, trace: Trace) -> Misses:
     counts = _counts(trace)
     if not counts:
-        return _Misses()
+        return Misses()
     resolve = trace.solver.resolve
     shapes = {n: torch.Size(size(resolve(d), counts) for d in k.dims) for n, k in trace.params.items()}
-    other = _grown(model, trace, counts) if real else meta_twin(model, shapes)
+    other = _grown(model, trace, counts) if trace.real else meta_twin(model, shapes)
+    set_mode(other, trace.training)
     apply_edits(other, {k: resolve(d) for k, d in trace.edits.items()}, counts)
-    sized = cache(lambda dim: size(resolve(dim), counts))
-    follower = _Follower(trace.ops, sized)
-    with running(other):
-        placed = place(example_inputs, device_of(model) if real else "meta")
-        try:
-            with follower:
-                call(other, placed)
-            follower.finish()
-        except Exception as error:  # noqa: BLE001  (any failure of the model's own code is a finding, kept with its text)
-            text = str(error) if isinstance(error, _Stop) else f"{type(error).__name__}: {error}"
-            follower.misses.stopped = (max(follower.at - 1, 0), _raised_in(other, error), text)
-    return follower.misses
-
-
-def _raised_in(model: nn.Module, error: Exception) -> str:
-    """The path of the innermost module whose code was running when `error` was raised."""
-    paths = {id(m): path for path, m in model.named_modules()}
-    owners = [id(frame.f_locals.get("self")) for frame, _ in walk_tb(error.__traceback__)]
-    return next((paths[owner] for owner in reversed(owners) if owner in paths), "")
+    placed = place(example_inputs, device_of(model) if trace.real else "meta")
+    return follow(other, placed, trace, cache(lambda dim: size(resolve(dim), counts)))
 
 
 def _grown(model: nn.Module, trace: Trace, counts: Mapping[str, int]) -> nn.Module:
@@ -244,7 +164,7 @@ def _changed(trace: Trace, record: OpRecord) -> list[Dim]:
     return out
 
 
-def _proposals(model: nn.Module, trace: Trace, misses: _Misses, tried: dict[str, list[Dim]]) -> dict[str, Dim]:
+def _proposals(model: nn.Module, trace: Trace, misses: Misses, tried: dict[str, list[Dim]]) -> dict[str, Dim]:
     """New values for attributes of the modules that called the ops that missed."""
     proposals: dict[str, Dim] = {}
     for number in misses.shapes:
@@ -252,8 +172,9 @@ def _proposals(model: nn.Module, trace: Trace, misses: _Misses, tried: dict[str,
         changed = _changed(trace, record)
         wanted = [d for d in changed if size(d) in record.ints]
         proposals.update(_attributes(model, record.module, wanted, tried))
-    if misses.stopped and not misses.shapes:
-        number, path, _ = misses.stopped
+    for number, path, _ in misses.stops:
+        if any(trace.ops[missed].module == path for missed in misses.shapes):
+            continue
         # One call in Python may be several ops, of which the last has the dimension that was refused.
         nearby = _inside(trace.ops[: number + _CALL], path)
         wanted = list(dict.fromkeys(d for op in nearby for d in _changed(trace, op)))
@@ -282,31 +203,37 @@ def _chain(path: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(len(parts), -1, -1)]
 
 
-def _give_up(trace: Trace, misses: _Misses, tried: dict[str, list[Dim]]) -> bool:
-    """Freeze what the missed ops touch; whether anything was left to freeze."""
-    frozen = False
-    for number in (*misses.shapes, *misses.factors):
-        frozen |= _freeze(trace, [trace.ops[number]], _reason(trace, misses, number))
+def _give_up(trace: Trace, misses: Misses, tried: dict[str, list[Dim]]) -> bool:
+    """Freeze what the missed ops and the modules that failed touch; whether anything was left to freeze."""
+    frozen = [trace.ops[n] for n in misses.missed if _freeze(trace, [trace.ops[n]], _reason(trace, misses, n))]
+    for _, path, text in misses.stops:
+        # What failed after an op had missed may have failed for that.
+        if not _inside(frozen, path) and _freeze(trace, inside := _inside(trace.ops, path), _stopped(path, text)):
+            frozen += inside
     if not frozen:
-        path, why = _origin(trace, misses)
-        frozen = any(_freeze(trace, _inside(trace.ops, holder), why) for holder in _chain(path))
+        path, why = _first(trace, misses)
+        frozen = next((ops for holder in _chain(path) if _freeze(trace, ops := _inside(trace.ops, holder), why)), [])
     for key in [k for k, d in trace.edits.items() if k in tried and isinstance(trace.solver.resolve(d), Fixed)]:
         del trace.edits[key]
-    return frozen
+    return bool(frozen)
 
 
-def _reason(trace: Trace, misses: _Misses, number: int) -> str:
+def _first(trace: Trace, misses: Misses) -> tuple[str, str]:
+    """Where a run first went wrong, and why."""
+    if not misses.missed:
+        _, path, text = misses.stops[0]
+        return path, _stopped(path, text)
+    number = misses.missed[0]
+    return trace.ops[number].module, _reason(trace, misses, number)
+
+
+def _stopped(path: str, text: str) -> str:
+    return f"{path or 'the model'} does not run at another size: {text}"
+
+
+def _reason(trace: Trace, misses: Misses, number: int) -> str:
     what = "a factor computed from its size" if number in misses.factors else "a number in the code fixes its size"
     return f"{what}: {trace.ops[number].name} in {trace.ops[number].module or 'the model'}"
-
-
-def _origin(trace: Trace, misses: _Misses) -> tuple[str, str]:
-    """The module where a rehearsal went wrong, and what went wrong."""
-    if misses.stopped:
-        _, path, text = misses.stopped
-        return path, f"{path or 'the model'} does not run at another size: {text}"
-    number = (misses.shapes + misses.factors)[0]
-    return trace.ops[number].module, _reason(trace, misses, number)
 
 
 def _inside(ops: list[OpRecord], path: str) -> list[OpRecord]:

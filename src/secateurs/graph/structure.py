@@ -20,7 +20,7 @@ from .mend import holds, leaf_edits
 from .rehearse import rehearse
 from .run import output_tensors, place, running
 from .trace import DECISIVE, Trace, Tracer
-from .twin import meta_twin, named_tensors, shared_twin
+from .twin import meta_twin, named_tensors, set_mode, shared_twin
 
 __all__ = ["DEFAULT_KINDS", "KINDS", "Frozen", "Structure", "fingerprint", "infer"]
 
@@ -195,17 +195,21 @@ def infer(
     wanted = frozenset(kinds)
     for kind in sorted(wanted - set(KINDS)):
         raise unknown_name("kind of unit", kind, KINDS)
-    trace, real = trace_model(model, example_inputs)
+    traces = trace_model(model, example_inputs)
+    trace = traces[0]
     _freeze_unseen(model, trace)
     _freeze_deselected(trace, wanted, entangled)
-    trace.edits = {key: dim for key, dim in trace.edits.items() if holds(model, key, size(dim))}
+    for key in [key for key, dim in trace.edits.items() if not holds(model, key, size(dim))]:
+        del trace.edits[key]
     trace.edits.update(leaf_edits(model, {n: k.dims for n, k in trace.params.items()}, trace.edits))
-    rehearse(model, example_inputs, trace, real=real)
+    rehearse(model, example_inputs, traces)
     return _reify(model, trace)
 
 
-def trace_model(model: nn.Module, example_inputs: Any) -> tuple[Trace, bool]:
-    """The trace of one run, and whether it had to run on real tensors instead of shapes only.
+def trace_model(model: nn.Module, example_inputs: Any) -> list[Trace]:
+    """The trace of one run in evaluation mode and, if some parameters took no part in it, of one in training mode.
+
+    A run is on shapes only; where Python asks for values, on real tensors.
 
     Raises:
         ModelError: the model does not run on these inputs, or is TorchScript.
@@ -217,11 +221,21 @@ def trace_model(model: nn.Module, example_inputs: Any) -> tuple[Trace, bool]:
                 "scripted or traced."
             )
     try:
-        return _traced(meta_twin(model), example_inputs, "meta"), False
+        trace = _traced(meta_twin(model), example_inputs, Trace())
     except Exception as error:  # noqa: BLE001  (Python may ask shapes for values they do not have; the real run decides)
-        on_shapes = error
+        trace = _traced_on_values(model, example_inputs, error)
+    if all(name in trace.params for name, _ in model.named_parameters()):
+        return [trace]
+    other = trace.another(training=True)
     try:
-        return _traced(shared_twin(model), example_inputs, device_of(model)), True
+        return [trace, _traced(shared_twin(model) if trace.real else meta_twin(model), example_inputs, other)]
+    except Exception:  # noqa: BLE001  (a model that cannot train as it is given is pruned for evaluation)
+        return [trace]
+
+
+def _traced_on_values(model: nn.Module, example_inputs: Any, on_shapes: Exception) -> Trace:
+    try:
+        return _traced(shared_twin(model), example_inputs, Trace(real=True))
     except ModelError:
         raise
     except Exception as error:  # noqa: BLE001  (whatever it is, the user is told)
@@ -230,17 +244,26 @@ def trace_model(model: nn.Module, example_inputs: Any) -> tuple[Trace, bool]:
         ) from on_shapes
 
 
-def _traced(twin: nn.Module, inputs: Any, device: torch.device | str) -> Trace:
-    names = {id(t): name for name, t in named_tensors(twin)}
-    with running(twin) as module:
-        tracer = Tracer(names, module)
-        placed = place(inputs, device)
+def _traced(model: nn.Module, inputs: Any, trace: Trace) -> Trace:
+    set_mode(model, trace.training)
+    names = {id(t): name for name, t in named_tensors(model)}
+    placed = place(inputs, device_of(model) if trace.real else "meta")
+    with running(model) as module:
+        tracer = Tracer(names, module, trace)
+        for path, part in model.named_modules():
+            _observe(tracer, path, part)
         with tracer:
-            output = call(twin, placed)
+            output = call(model, placed)
     outputs = output_tensors(output)
     if not outputs:
         raise ModelError(f"no tensor is found in the model's output, a {type(output).__name__}; return tensors.")
     return tracer.finish(outputs)
+
+
+def _observe(tracer: Tracer, path: str, module: nn.Module) -> None:
+    starts: list[int] = []
+    module.register_forward_pre_hook(lambda _m, _i: starts.append(len(tracer.trace.ops)))
+    module.register_forward_hook(lambda _m, _i, output: tracer.leave(path, starts.pop(), output))
 
 
 def _shapes(inputs: Any) -> str:
@@ -281,7 +304,18 @@ def _freeze_deselected(trace: Trace, kinds: frozenset[str], entangled: bool) -> 
             solver.freeze(atom, f"removing differs from zeroing: {tangled[atom.name]}")
     for kind_ in trace.params.values():
         for dim in kind_.dims:
+            _freeze_repeats(trace, solver.resolve(dim))
             _freeze_squares(trace, solver.resolve(dim))
+
+
+def _freeze_repeats(trace: Trace, dim: Dim) -> None:
+    """Of units that each are repeated, as key-value heads for several query heads, the units can go, not the copies."""
+    copies = {a.name for d in trace.repeats for a in atoms(trace.solver.resolve(d))}
+    for part in dim.parts if isinstance(dim, Concat) else (dim,):
+        live = {a.name: a for a in atoms(part)}
+        if live.keys() - copies:
+            for name in live.keys() & copies:
+                trace.solver.freeze(live[name], "how often each unit of its axis is repeated")
 
 
 def _freeze_squares(trace: Trace, dim: Dim) -> None:

@@ -13,18 +13,21 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..core.dims import Dim, Fixed, size
 from .run import execute, flat, tensors_in
 from .solver import Solver
 
 __all__ = [
-    "CHARGED",
+    "ALWAYS",
     "DECISIVE",
     "RULES",
     "UNRECORDED",
     "Call",
     "OpRecord",
+    "Seen",
+    "Span",
     "Trace",
     "Tracer",
     "Type",
@@ -53,6 +56,28 @@ class Type:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """A tensor in what a module returned: the types of its axes, and its dtype."""
+
+    dims: tuple[Dim, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Span:
+    """One call of a module.
+
+    Args:
+        start, stop: the ops of the trace that ran inside it, as numbers of the first and of the one after the last.
+        output: what it returned, with a `Seen` in the place of each tensor; None where that cannot be told.
+    """
+
+    start: int
+    stop: int
+    output: Any
+
+
+@dataclass(frozen=True)
 class OpRecord:
     """One op of the trace.
 
@@ -75,18 +100,29 @@ class OpRecord:
 
 @dataclass
 class Trace:
-    """What one run of the model taught: types, costs, and which axis of a parameter is contracted."""
+    """What one run of the model taught: types, costs, and which axis of a parameter is contracted.
 
+    Ops, spans (by the path of the module, in the order of its calls) and MACs are of this run; all else may be shared
+    by the traces of several runs of one model.
+    """
+
+    training: bool = False
+    real: bool = False
+    ops: list[OpRecord] = field(default_factory=list)
+    spans: dict[str, list[Span]] = field(default_factory=dict)
+    macs: list[tuple[tuple[Dim, ...], str]] = field(default_factory=list)
     solver: Solver = field(default_factory=Solver)
     params: dict[str, Type] = field(default_factory=dict)
-    ops: list[OpRecord] = field(default_factory=list)
-    macs: list[tuple[tuple[Dim, ...], str]] = field(default_factory=list)
     contracted: set[tuple[str, int]] = field(default_factory=set)
     heads: list[Dim] = field(default_factory=list)
     head_sizes: list[Dim] = field(default_factory=list)
+    repeats: list[Dim] = field(default_factory=list)
     edits: dict[str, Dim] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
-    used: set[str] = field(default_factory=set)
+
+    def another(self, training: bool) -> Trace:
+        """An empty trace of another run, which adds to the same types."""
+        return replace(self, training=training, ops=[], spans={}, macs=[])
 
 
 @dataclass(frozen=True)
@@ -121,6 +157,15 @@ class Call:
         """A possibly negative axis number as a non-negative one."""
         return value + rank if value < 0 else value
 
+    def free(self, n: int) -> Dim:
+        """A new axis of `n` positions, a number in Python code: whether it can follow a cut, a rehearsal shows."""
+        return self.trace.solver.fresh(n)
+
+    def repeated(self, n: int) -> Dim:
+        """A new axis of `n` copies of one position; see `free`."""
+        self.trace.repeats.append(self.free(n))
+        return self.trace.repeats[-1]
+
     def all_fixed(self, dims: tuple[Dim, ...]) -> bool:
         """Whether no position of `dims` can go."""
         return all(isinstance(self.trace.solver.resolve(d), Fixed) for d in dims)
@@ -143,21 +188,24 @@ class Call:
 # PyTorch inserts these depending on who holds a reference, so two runs of one model may differ in them.
 UNRECORDED = frozenset({"detach", "alias", "lift_fresh"})
 
+# What a module may return beside tensors and still be understood.
+_PLAIN = (bool, int, float, str, type(None))
+
 # Ops through which Python learns a value, and may go another way on other inputs.
 DECISIVE = frozenset({"_local_scalar_dense", "equal", "nonzero"})
 
 Rule = Callable[[Call], "list[Type] | Type"]
 _R = TypeVar("_R", bound=Rule)
 RULES: dict[str, Rule] = {}
-# Ops whose rules charge MACs: they run even where no axis can go.
-CHARGED: set[str] = set()
+# Ops whose rules run even where no axis can go: they charge MACs, or make new axes.
+ALWAYS: set[str] = set()
 
 
-def rule(*names: str, charged: bool = False) -> Callable[[_R], _R]:
+def rule(*names: str, always: bool = False) -> Callable[[_R], _R]:
     """Register one function as the rule of the named ATen ops (`add` also stands for `add_`).
 
     Args:
-        charged: the op multiplies and accumulates, and the rule notes how much.
+        always: the rule is asked even where no axis of an argument can go.
 
     Raises:
         ValueError: an op already has a rule.
@@ -168,7 +216,7 @@ def rule(*names: str, charged: bool = False) -> Callable[[_R], _R]:
             if name in RULES:
                 raise ValueError(f"{name} already has a rule: {RULES[name].__qualname__}")
             RULES[name] = function
-        CHARGED.update(names if charged else ())
+        ALWAYS.update(names if always else ())
         return function
 
     return register
@@ -221,9 +269,9 @@ def _memory(tensor: Tensor) -> int:
 class Tracer(TorchDispatchMode):
     """Runs each op, asks its rule for types, and records both."""
 
-    def __init__(self, names: Mapping[int, str], module: Callable[[], str]) -> None:
+    def __init__(self, names: Mapping[int, str], module: Callable[[], str], trace: Trace | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # PyTorch leaves it unannotated
-        self.trace = Trace()
+        self.trace = trace or Trace()
         self._names = names
         self._module = module
         self._types: dict[int, Type] = {}
@@ -243,6 +291,8 @@ class Tracer(TorchDispatchMode):
         name = self._names.get(id(tensor))
         if name is None:
             return None
+        if name in self.trace.params:
+            return self.trace.params[name]
         if not tensor.is_floating_point():
             kind = Type(tuple(Fixed(n) for n in tensor.shape))
         else:
@@ -256,6 +306,17 @@ class Tracer(TorchDispatchMode):
         self._types[id(tensor)] = kind
         self._alive.append(tensor)
         self._aliases.setdefault(_memory(tensor), []).append(id(tensor))
+
+    def leave(self, path: str, start: int, output: Any) -> None:
+        """Note a call of a module that began at op `start` and returned `output`."""
+        self.trace.spans.setdefault(path, []).append(Span(start, len(self.trace.ops), self._seen(output)))
+
+    def _seen(self, output: Any) -> Any:
+        leaves, spec = tree_flatten(output)
+        if not all((isinstance(v, Tensor) and v.is_floating_point()) or isinstance(v, _PLAIN) for v in leaves):
+            return None
+        seen = [Seen(self.type_of(v).dims, v.dtype) if isinstance(v, Tensor) else v for v in leaves]
+        return tree_unflatten(seen, spec)
 
     def finish(self, outputs: list[Tensor]) -> Trace:
         """The trace of a run that gave `outputs`: their axes are fixed, and doubts count where they reach an output."""
@@ -301,7 +362,7 @@ class Tracer(TorchDispatchMode):
             self._types[alias] = replace(self._types[alias], zero=False)
 
     def _apply(self, call: Call, func: torch._ops.OpOverload) -> list[Type]:
-        if call.name not in CHARGED and all(isinstance(d, Fixed) for t in call.types() for d in t.dims):
+        if call.name not in ALWAYS and all(isinstance(d, Fixed) for t in call.types() for d in t.dims):
             return [Type(tuple(Fixed(n) for n in t.shape)) for t in call.outputs]
         function = RULES.get(call.name)
         if function is None and torch.Tag.pointwise in func.tags:

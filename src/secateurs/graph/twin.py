@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .modules import MultiheadAttention
 
-__all__ = ["attention_swaps", "meta_twin", "named_tensors", "shared_twin", "swap_attention", "twin"]
+__all__ = ["attention_swaps", "meta_twin", "named_tensors", "set_mode", "shared_twin", "swap_attention", "twin"]
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -64,7 +64,19 @@ def _replace(model: nn.Module, stand_in: Callable[[str, Tensor], Tensor]) -> dic
 
 def _prepared(model: nn.Module) -> nn.Module:
     swap_attention(model, attention_swaps(model))
-    return model.eval()
+    return set_mode(model, training=False)
+
+
+def set_mode(model: nn.Module, training: bool) -> nn.Module:
+    """`model` in evaluation mode or, for `training`, with only those modules in training mode that hold others.
+
+    So code that runs in training only is run, while batch norm and dropout stay as they are.
+    """
+    model.eval()
+    if training:
+        for module in model.modules():
+            module.training = next(module.children(), None) is not None
+    return model
 
 
 def attention_swaps(model: nn.Module) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..core.errors import ModelError, OptionError, PlanError
+from ..core.finite import all_finite
 from ..core.schedule import Schedule
 from .masking import Masks, Revive
 from .update import Moment, Rule
@@ -153,7 +154,7 @@ class Pruner:
         with self.masks.revealed():
             weights = self._weights()
             for name, weight in weights.items():
-                if not bool(torch.isfinite(weight).all()):
+                if not all_finite(weight):
                     raise ModelError(f"NaN or infinite weights in {name} at step {self._step}: training diverged.")
             moment = Moment(self._step, self.schedule(self._step), weights, dict(self.masks))
             masks, self._state = self._rule.update(moment, self._state)

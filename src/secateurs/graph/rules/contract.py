@@ -54,21 +54,21 @@ def _plus(call: Call, result: Type, terms: list[Type]) -> Type:
     return Type(dims, zero_on(dims, [result, *terms], all))
 
 
-@rule("mm", "bmm", "mv", "dot", "vdot", charged=True)
+@rule("mm", "bmm", "mv", "dot", "vdot", always=True)
 def plain(call: Call) -> Type:
     """A plain matrix product."""
     left, right = call.types()[:2]
     return einsum(call, left, right, _EQUATIONS[call.name])
 
 
-@rule("addmm", "baddbmm", "addmv", charged=True)
+@rule("addmm", "baddbmm", "addmv", always=True)
 def add_product(call: Call) -> Type:
     """A matrix product plus a broadcast term."""
     bias, left, right = call.types()[:3]
     return _plus(call, einsum(call, left, right, _EQUATIONS[call.name]), [bias])
 
 
-@rule("linear", charged=True)
+@rule("linear", always=True)
 def linear(call: Call) -> Type:
     """A linear layer that was not decomposed."""
     x, weight, *bias = call.types()
@@ -76,7 +76,7 @@ def linear(call: Call) -> Type:
     return _plus(call, einsum(call, x, weight, f"{free}k,nk->{free}n"), bias)
 
 
-@rule("_trilinear", charged=True)
+@rule("_trilinear", always=True)
 def trilinear(call: Call) -> list[Type]:
     """A bilinear layer: its widths are summed over jointly and are left as they are."""
     left, weight, right = call.types()
@@ -86,7 +86,7 @@ def trilinear(call: Call) -> list[Type]:
     return fixed(call)
 
 
-@rule("_grouped_mm", "grouped_mm_fallback", charged=True)
+@rule("_grouped_mm", "grouped_mm_fallback", always=True)
 def grouped(call: Call) -> Type:
     """Rows of one expert after those of another, each with a matrix of its own: which rows and experts is fixed."""
     rows, weights, *_ = call.types()
@@ -102,7 +102,7 @@ def grouped(call: Call) -> Type:
 @rule(
     "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_fused_attention_overrideable", charged=True,
+    "_scaled_dot_product_fused_attention_overrideable", always=True,
 )  # fmt: skip
 def attention(call: Call) -> list[Type]:
     """Fused attention over [batch, heads, queries, size]: heads are one axis of all operands, the mask included."""
@@ -112,7 +112,7 @@ def attention(call: Call) -> list[Type]:
     heads = solver.unify_all([k.dims[1], v.dims[1]], call.why)
     if size(q.dims[1]) != size(heads):
         # Several heads of the queries in turn share one of the keys and values.
-        heads = product(heads, Fixed(size(q.dims[1]) // size(heads)))
+        heads = product(heads, call.repeated(size(q.dims[1]) // size(heads)))
     solver.unify(heads, q.dims[1], call.why)
     size_qk = solver.unify_all([q.dims[3], k.dims[3]], call.why)
     tokens = solver.unify_all([k.dims[2], v.dims[2]], call.why)

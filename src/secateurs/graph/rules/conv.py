@@ -13,7 +13,7 @@ def _spatial(call: Call, kind: Type, first: int = 2) -> None:
     call.freeze(kind.dims[first:], f"spatial axes: {call.why}")
 
 
-@rule("convolution", charged=True)
+@rule("convolution", always=True)
 def convolution(call: Call) -> Type:
     """Convolution and its transpose, with groups.
 

@@ -125,7 +125,14 @@ def pointwise(call: Call) -> list[Type]:
     return [kind if t.shape == call.outputs[0].shape else Type(fixed_dims(t)) for t in call.outputs]
 
 
-@rule("new_zeros", "new_empty", "new_ones", "new_full", "new_empty_strided")
+@rule(
+    "new_zeros", "new_empty", "new_ones", "new_full", "new_empty_strided", "zeros", "ones", "full", "empty", "rand",
+    "randn", always=True,
+)  # fmt: skip
 def from_sizes(call: Call) -> list[Type]:
-    """A new tensor whose sizes are numbers: nothing is known to be tied to it."""
-    return fixed(call)
+    """A new tensor whose sizes are numbers in the code; of indices and masks they are fixed."""
+    made = call.outputs[0]
+    if not made.is_floating_point():
+        return fixed(call)
+    zero = call.name in ("zeros", "new_zeros") or ("full" in call.name and call.args["fill_value"] == 0)
+    return [Type(tuple(map(call.free, made.shape)), zero)]

@@ -90,12 +90,12 @@ def squeeze(call: Call) -> Type:
 
 @rule("expand")
 def expand(call: Call) -> Type:
-    """Axes of one position repeated; how often is a number in the code, so it is fixed."""
+    """Axes of one position repeated."""
     kind, rank = _one(call)
     shape = call.outputs[0].shape
     new = len(shape) - rank
     own = [Fixed(1)] * new + list(kind.dims)
-    return Type(tuple(d if size(d) == n else Fixed(n) for d, n in zip(own, shape, strict=True)), kind.zero)
+    return Type(tuple(d if size(d) == n else call.repeated(n) for d, n in zip(own, shape, strict=True)), kind.zero)
 
 
 @rule("repeat")
@@ -104,7 +104,7 @@ def repeat(call: Call) -> Type:
     kind, rank = _one(call)
     times = call.args["repeats"]
     own = [Fixed(1)] * (len(times) - rank) + list(kind.dims)
-    return Type(tuple(product(Fixed(r), d) for r, d in zip(times, own, strict=True)), kind.zero)
+    return Type(tuple(product(call.repeated(r), d) for r, d in zip(times, own, strict=True)), kind.zero)
 
 
 @rule("cat")
