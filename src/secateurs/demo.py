@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .core.errors import MissingExtraError, ProofError
-from .deploy.folder import replace_file
+from .core.folder import replace_file
 from .deploy.onnx import export_onnx
 from .pruning import FineTune, Pruned, load, prune
 from .recover.context import seeded

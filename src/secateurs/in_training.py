@@ -12,17 +12,14 @@ from torch import nn
 from .core.batch import Loss, take
 from .core.budget import Budget
 from .core.errors import OptionError
-from .core.state import read_state, write_state
 from .criteria.face import check_finite
 from .graph.plan import digest
 from .planning import batches_of, plan_of_masks, recipe_of
 from .pruning import FineTune, Pruned
-from .running import Clock, Stage, other_run, take_place
+from .running import Clock, Stage, claim, take_place
 from .summary import Findings, quality_of, summarize
 
 __all__ = ["prune_in_training"]
-
-_RUN = "run.safetensors"
 
 
 def prune_in_training(
@@ -77,7 +74,7 @@ def prune_in_training(
     check_finite(model)
     recipe = recipe_of(budget, granularity=granularity, allocation=allocation, scope=scope, ignore=ignore, seed=seed)
     if checkpoint is not None:
-        _claim(Path(checkpoint), {"recipe": recipe.to_dict(), "model": digest(model), "settings": dict(settings or {})})
+        claim(Path(checkpoint), {"recipe": recipe.to_dict(), "model": digest(model), "settings": dict(settings or {})})
     notes = Findings(model=name or type(model).__name__)
     clock = Clock(notes.seconds, on_stage)
     if tests is not None:
@@ -102,12 +99,3 @@ def prune_in_training(
     with clock("measuring"):
         report = summarize(model, made, decided, example_inputs, notes, timed=measure)
     return Pruned(take_place(model, made) if inplace else made, decided, report, masks)
-
-
-def _claim(folder: Path, run: dict[str, Any]) -> None:
-    """None; the folder is from now on that of `run`, unless it is another's already."""
-    file = folder / _RUN
-    if not file.exists():
-        write_state(file, run, "run")
-    elif read_state(file, "run") != run:
-        raise other_run(folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from inspect import signature
@@ -103,13 +103,17 @@ class Pruned:
     report: Report
     masks: dict[str, Tensor] = field(default_factory=dict)
 
-    def save(self, folder: str | Path) -> Path:
-        """The folder written: model, plan and report, in safetensors, JSON and HTML; see `deploy.save_model`."""
+    def save(self, folder: str | Path, *, extra: Mapping[str, bytes] | None = None) -> Path:
+        """The folder written: model, plan and report, in safetensors, JSON and HTML; see `deploy.save_model`.
+
+        Args:
+            extra: further files by name.
+        """
         with TemporaryDirectory() as drafts:
             plan = self.plan.save(Path(drafts) / _PLAN).read_bytes()
             page = self.report.to_html(Path(drafts) / "report.html").read_bytes()
-        extra = {_PLAN: plan, "report.json": self.report.to_dict(), "report.html": page}
-        return save_model(self.model, folder, extra=extra)
+        own = {_PLAN: plan, "report.json": self.report.to_dict(), "report.html": page}
+        return save_model(self.model, folder, extra={**(extra or {}), **own})
 
 
 def load(folder: str | Path, *, trust: Sequence[str] = ()) -> Pruned:

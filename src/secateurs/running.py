@@ -6,14 +6,17 @@ import copy
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 from torch import nn
 
 from .core.errors import OptionError
+from .core.state import read_state, write_state
 
-__all__ = ["Clock", "Stage", "other_run", "take_place"]
+__all__ = ["Clock", "Stage", "claim", "other_run", "take_place"]
 
 Stage = Callable[[str], None]
+_RUN = "run.safetensors"
 
 
 class Clock:
@@ -33,6 +36,19 @@ class Clock:
 
     def __exit__(self, *_: object) -> None:
         self._seconds[self._name] = self._seconds.get(self._name, 0.0) + perf_counter() - self._start
+
+
+def claim(folder: Path, run: dict[str, Any]) -> None:
+    """None; the folder is from now on that of `run`, unless it is another's already.
+
+    Raises:
+        OptionError: it is.
+    """
+    file = folder / _RUN
+    if not file.exists():
+        write_state(file, run, "run")
+    elif read_state(file, "run") != run:
+        raise other_run(folder)
 
 
 def other_run(folder: Path) -> OptionError:

@@ -187,7 +187,7 @@ def test_by_default_taylor_averages_the_squares_of_batches() -> None:
         ({"power": "cube"}, "power must be square or abs, got 'cube'"),
         ({"average": "max"}, "average must be scores or gradients, got 'max'"),
         ({"per": "token"}, "per must be batch or sample, got 'token'"),
-        ({"members": "in"}, "members must be one of all, out, got 'in'"),
+        ({"members": "both"}, "members must be one of all, out, in, got 'both'"),
     ],
 )
 def test_wrong_options_of_taylor_are_refused(options: dict[str, str], text: str) -> None:

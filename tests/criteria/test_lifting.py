@@ -164,7 +164,7 @@ def test_scores_move_with_their_channels(order: list[int]) -> None:
         ({"reduce": "median"}, "reduce must be one of sum, mean, max, got 'median'"),
         ({"normalize": "l2"}, "normalize must be one of none, sum, mean, max, minmax, gaussian, got 'l2'"),
         ({"combine": "min"}, "combine must be one of sum, mean, max, prod, first, got 'min'"),
-        ({"members": "in"}, "members must be one of all, out, got 'in'"),
+        ({"members": "both"}, "members must be one of all, out, in, got 'both'"),
         ({"tensors": "biases"}, "tensors must be one of weights, norms, all, got 'biases'"),
     ],
 )

@@ -25,6 +25,7 @@ from secateurs.core.catalogue import Method, Unit, When
 from secateurs.core.errors import BudgetError, DataError, ModelError, OptionError
 from secateurs.graph.plan import ModelPlan
 from secateurs.methods.channels.rethinking_value import Protocol
+from secateurs.methods.channels.spa_obspa import Spa
 from secateurs.methods.parameters import rules_of
 from secateurs.methods.weights.global_magnitude import Global
 from secateurs.methods.weights.gradual_magnitude import Gradual
@@ -62,6 +63,7 @@ CASES = {
     "rethinking-value": Case(
         "macs<=50%", "macs<=1%", Protocol(epochs=2, tune_epochs=1, tune_rates=(0.01,), seeds=(0, 1))
     ),
+    "spa-obspa": Case("macs<=50%", "macs<=1%", Spa()),
 }
 
 Check = Callable[[Method, Case, Path], None]

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "invariants.md"
 # How many numbered invariants each system's specification has.
-NUMBERS = {"gradual-magnitude": 8, "global-magnitude": 9, "random-pruning": 10, "rethinking-value": 8}
+NUMBERS = {"gradual-magnitude": 8, "global-magnitude": 9, "random-pruning": 10, "rethinking-value": 8, "spa-obspa": 8}
 
 
 def rows(page: str) -> dict[str, dict[int, list[str]]]:

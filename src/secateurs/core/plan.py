@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -127,7 +128,7 @@ def decide(
         costs=costs,
         sizes=sizes,
         measure=measure,
-        round_to=recipe.round_to,
+        round_to={g.name: math.lcm(recipe.round_to, getattr(g, "multiple", 1)) for g in groups},
         floors=floors,
     )
     return {name: top(scores[name], count) for name, count in counts.items()}

@@ -88,12 +88,17 @@ class Member:
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Positions of one atom, coupled over every tensor axis in `members`."""
+    """Positions of one atom, coupled over every tensor axis in `members`.
+
+    Args:
+        multiple: the number of units kept must be one of this, since a kernel of the model runs at no other.
+    """
 
     name: str
     size: int
     kind: str
     members: tuple[Member, ...]
+    multiple: int = 1
 
     @property
     def tensors(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..core.batch import Loss, call, default_loss, device_of, leaves, move, split
+from ..core.batch import Loss, call, default_loss, device_of, double, leaves, move, split
 from ..core.errors import DataError, ModelError, OptionError
 from .lifting import resolve
 from .preserve import preserved
@@ -25,7 +25,6 @@ __all__ = [
     "Per",
     "RunningMean",
     "Visitor",
-    "double",
     "each_gradient",
     "gradients",
     "hessian_gradient",
@@ -289,11 +288,6 @@ def mapped(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if hasattr(tree, "items"):
         return {k: mapped(v, function) for k, v in tree.items()}
     return tree
-
-
-def double(tensor: Tensor) -> Tensor:
-    """`tensor` in float64; moved to the CPU where its device has no such type."""
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 @contextmanager

@@ -6,21 +6,17 @@ of Hugging Face, a linear layer whose weight is [in, out].
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import product
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .evidence import double
+from ..core.batch import double
+from ..solvers.gram import CONVOLUTIONS, TRANSPOSED, is_hf_conv1d, padded
 from .lifting import owner
 
 __all__ = ["column_energy", "layers", "out_axis", "output_rows", "sees_input"]
-
-_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
@@ -31,21 +27,21 @@ def layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
 
 def out_axis(module: nn.Module) -> int | None:
     """The axis of the module's weight that runs over its outputs; None for an unknown kind."""
-    if isinstance(module, (nn.Linear, *_CONV)):
+    if isinstance(module, (nn.Linear, *CONVOLUTIONS)):
         return 0
-    if isinstance(module, nn.Embedding) or _is_hf_conv1d(module):
+    if isinstance(module, nn.Embedding) or is_hf_conv1d(module):
         return 1
-    return 1 if isinstance(module, _TRANSPOSED) and module.groups == 1 else None
+    return 1 if isinstance(module, TRANSPOSED) and module.groups == 1 else None
 
 
 def sees_input(module: nn.Module) -> bool:
     """Whether `column_energy` is defined for the module."""
-    return isinstance(module, (nn.Linear, nn.Embedding, *_CONV)) or _is_hf_conv1d(module)
+    return isinstance(module, (nn.Linear, nn.Embedding, *CONVOLUTIONS)) or is_hf_conv1d(module)
 
 
 def output_rows(module: nn.Module, output: Tensor) -> Tensor:
     """The module's output as [observations, outputs]: batch, time and pixels are observations alike."""
-    spatial = len(module.kernel_size) if isinstance(module, (*_CONV, *_TRANSPOSED)) else 0
+    spatial = len(module.kernel_size) if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) else 0
     channels_last = output.movedim(-1 - spatial, -1)
     return channels_last.reshape(-1, channels_last.shape[-1])
 
@@ -58,18 +54,15 @@ def column_energy(module: nn.Module, given: Tensor) -> Tensor:
     """
     if isinstance(module, nn.Embedding):
         return double(torch.bincount(given.flatten(), minlength=module.num_embeddings))[:, None]
-    if isinstance(module, _CONV):
+    if isinstance(module, CONVOLUTIONS):
         return _patch_energy(module, given)
     energy = double(given).square().flatten(0, -2).sum(0) if given.dim() > 1 else double(given).square()
-    return energy[:, None] if _is_hf_conv1d(module) else energy[None, :]
+    return energy[:, None] if is_hf_conv1d(module) else energy[None, :]
 
 
 def _patch_energy(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, given: Tensor) -> Tensor:
     """Column energies of the unfolded input, summed per kernel offset without unfolding."""
-    spatial = len(module.kernel_size)
-    batched = given if given.dim() == spatial + 2 else given[None]
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    image = double(F.pad(batched, _padding(module), mode=mode)).square().sum(0)
+    image = double(padded(module, given)).square().sum(0)
     reach = [d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
     columns = []
     for offset in product(*map(range, module.kernel_size)):
@@ -79,19 +72,3 @@ def _patch_energy(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, given: Tensor) -> T
         columns.append(seen.flatten(1).sum(1))
     grouped = torch.stack(columns, 1).view(module.groups, -1, *module.kernel_size)
     return grouped.repeat_interleave(module.out_channels // module.groups, 0) if module.groups > 1 else grouped
-
-
-def _padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
-    """Padding before and after each spatial axis, last axis first, as `F.pad` wants it."""
-    if module.padding == "valid":
-        sides: Sequence[tuple[int, int]] = [(0, 0)] * len(module.kernel_size)
-    elif module.padding == "same":
-        total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        sides = [(t // 2, math.ceil(t / 2)) for t in total]
-    else:
-        sides = [(int(p), int(p)) for p in module.padding]
-    return [side for pair in reversed(sides) for side in pair]
-
-
-def _is_hf_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")

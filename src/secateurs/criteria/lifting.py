@@ -32,7 +32,7 @@ class Lift:
             None means "mean" for channel groups and "none" for weight groups, where a global ranking must see the
             published values, and "none" for scores that carry a sign.
         combine: over the tensors of a unit: "sum", "mean", "max", "prod" or "first".
-        members: "all" tensor axes of a channel group, or only those that produce the unit ("out").
+        members: "all" tensor axes of a channel group, or only those that produce the unit ("out") or consume it ("in").
         tensors: which parameters of a channel group take part: "weights" (two axes or more), "norms" (scales of
             normalisation layers) or "all" (biases and scales too).
     """
@@ -40,7 +40,7 @@ class Lift:
     reduce: Reduce = "sum"
     normalize: str | None = None
     combine: Literal["sum", "mean", "max", "prod", "first"] = "mean"
-    members: Literal["all", "out"] = "all"
+    members: Literal["all", "out", "in"] = "all"
     tensors: Literal["weights", "norms", "all"] = "weights"
 
     def __post_init__(self) -> None:
@@ -55,7 +55,7 @@ _ALLOWED: dict[str, tuple[str | None, ...]] = {
     "reduce": ("sum", "mean", "max"),
     "normalize": (None, "none", "sum", "mean", "max", "minmax", "gaussian"),
     "combine": ("sum", "mean", "max", "prod", "first"),
-    "members": ("all", "out"),
+    "members": ("all", "out", "in"),
     "tensors": ("weights", "norms", "all"),
 }
 
@@ -103,7 +103,7 @@ def select(group: Group, model: nn.Module, lift: Lift) -> Group:
             continue
         tensor = parameters[member.tensor]
         _check_axis(group, member, tensor)
-        if (lift.members == "all" or member.role == "out") and _takes_part(model, member, lift.tensors):
+        if lift.members in ("all", member.role) and _takes_part(model, member, lift.tensors):
             chosen.setdefault((id(tensor), member.axis), member)
     if not chosen:
         raise ModelError(_nothing_left(group, lift))

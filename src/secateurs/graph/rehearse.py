@@ -104,7 +104,8 @@ def _give_up_all(found: _Found, tried: dict[str, list[Dim]]) -> bool:
 def _counts(trace: Trace) -> dict[str, int]:
     """A larger size for every live atom; sizes of neighbours differ, so that one cannot pass for another."""
     live = {a.name: a.n for k in trace.params.values() for d in k.dims for a in atoms(trace.solver.resolve(d))}
-    return {name: n + 1 + number % 11 for number, (name, n) in enumerate(live.items())}
+    steps = trace.multiples()
+    return {name: n + steps.get(name, 1) * (1 + number % 11) for number, (name, n) in enumerate(live.items())}
 
 
 def _run(model: nn.Module, example_inputs: Any, trace: Trace) -> Misses:

@@ -123,7 +123,7 @@ def output_tensors(output: Any) -> list[Tensor]:
     if isinstance(output, Tensor):
         return [output]
     if hasattr(output, "items"):
-        return [t for k, v in output.items() if k != "past_key_values" for t in output_tensors(v)]
+        return [t for k, v in output.items() if k not in _CARRIED for t in output_tensors(v)]
     if isinstance(output, (tuple, list)):
         return [t for v in output for t in output_tensors(v)]
     if hasattr(output, "__dict__") and not type(output).__name__.endswith("Cache"):
@@ -132,4 +132,6 @@ def output_tensors(output: Any) -> list[Tensor]:
     return []
 
 
+# What a step of generation hands to the next; its form follows the model's.
+_CARRIED = frozenset({"past_key_values", "cache_params", "state", "mems"})
 _CONTAINERS = (Tensor, tuple, list, dict)

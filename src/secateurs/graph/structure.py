@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -159,12 +159,13 @@ def substituted(costs: CostModel, known: Mapping[str, Dim]) -> CostModel:
 
 def _group_to_dict(group: ChannelGroup) -> dict[str, Any]:
     members = [[m.tensor, m.axis, str(m.dim), m.rank, m.role] for m in group.members]
-    return {"name": group.name, "size": group.size, "kind": group.kind, "members": members}
+    data = {"name": group.name, "size": group.size, "kind": group.kind, "members": members}
+    return data if group.multiple == 1 else {**data, "multiple": group.multiple}
 
 
 def _group_from_dict(data: Mapping[str, Any], sizes: Mapping[str, int]) -> ChannelGroup:
     members = tuple(Member(t, a, parse(d, sizes), rank, role) for t, a, d, rank, role in data["members"])
-    return ChannelGroup(data["name"], data["size"], data["kind"], members)
+    return ChannelGroup(data["name"], data["size"], data["kind"], members, data.get("multiple", 1))
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -335,14 +336,15 @@ def _freeze_squares(trace: Trace, dim: Dim) -> None:
 
 
 def _kinds(trace: Trace) -> dict[str, str]:
-    """Heads are what attention batches over; head sizes are what it contracts or passes within a head."""
-    kinds: dict[str, str] = {}
-    heads = {a.name for d in trace.heads for a in atoms(trace.solver.resolve(d))}
-    for dim in trace.head_sizes:
-        for atom in atoms(trace.solver.resolve(dim)):
-            kinds[atom.name] = "head-size"
-    kinds.update(dict.fromkeys(heads, "head"))
-    return kinds
+    """Heads are what attention batches over; head sizes are what it contracts or passes within one of several heads."""
+    heads: dict[str, str] = {}
+    sizes: dict[str, str] = {}
+    for batch, others in trace.heads:
+        found = [a.name for a in atoms(trace.solver.resolve(batch))]
+        heads.update(dict.fromkeys(found, "head"))
+        for dim in others if found else ():
+            sizes.update((a.name, "head-size") for a in atoms(trace.solver.resolve(dim)))
+    return sizes | heads
 
 
 def _reify(model: nn.Module, trace: Trace) -> Structure:
@@ -368,7 +370,11 @@ def _reify(model: nn.Module, trace: Trace) -> Structure:
         return substitute(solver.resolve(dim), public)
 
     tensors = {name: tuple(rename(d) for d in kind.dims) for name, kind in trace.params.items()}
-    groups = _groups(tensors, trace, {names[k]: v for k, v in kind_of.items() if k in names})
+    wanted = trace.multiples()
+    groups = tuple(
+        ChannelGroup(names[a], size_, kind_of.get(a, "channel"), members, wanted.get(a, 1))
+        for a, size_, members in _members(tensors, trace, {public: a for a, public in names.items()})
+    )
     live = {g.name for g in groups}
     return Structure(
         groups=groups,
@@ -397,18 +403,19 @@ def _names(resolved: Mapping[str, tuple[Dim, ...]], trace: Trace, parameters: se
     return names
 
 
-def _groups(
-    tensors: Mapping[str, tuple[Dim, ...]], trace: Trace, kind_of: Mapping[str, str]
-) -> tuple[ChannelGroup, ...]:
+def _members(
+    tensors: Mapping[str, tuple[Dim, ...]], trace: Trace, atom_of: Mapping[str, str]
+) -> Iterator[tuple[str, int, tuple[Member, ...]]]:
+    """Each atom that can go, with its size and every axis that carries it."""
     members: dict[str, list[Member]] = {}
     sizes: dict[str, int] = {}
     for tensor, dims in tensors.items():
         for axis, dim in enumerate(dims):
-            role = "in" if (tensor, axis) in trace.contracted else "out"
+            role: Literal["in", "out"] = "in" if (tensor, axis) in trace.contracted else "out"
             for atom in {a.name: a for a in atoms(dim)}.values():
                 sizes[atom.name] = atom.n
-                members.setdefault(atom.name, []).append(Member(tensor, axis, dim, len(dims), role))  # type: ignore[arg-type]
-    return tuple(ChannelGroup(n, sizes[n], kind_of.get(n, "channel"), tuple(m)) for n, m in members.items())
+                members.setdefault(atom.name, []).append(Member(tensor, axis, dim, len(dims), role))
+    yield from ((atom_of[name], sizes[name], tuple(found)) for name, found in members.items())
 
 
 def _costs(

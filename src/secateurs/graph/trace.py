@@ -6,6 +6,7 @@ and attaches the types that the rule returns to the outputs. An op without a rul
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..core.dims import Dim, Fixed, size
+from ..core.dims import Dim, Fixed, atoms, size
 from .run import execute, flat, tensors_in
 from .solver import Solver
 
@@ -102,6 +103,8 @@ class OpRecord:
 class Trace:
     """What one run of the model taught: types, costs, and which axis of a parameter is contracted.
 
+    `heads` holds, of each product of activations, the axis it is batched over and its other axes; `repeats` the axes
+    that are copies; `aligned` axes whose size a kernel wants to be a multiple.
     Ops, spans (by the path of the module, in the order of its calls) and MACs are of this run; all else may be shared
     by the traces of several runs of one model.
     """
@@ -114,11 +117,19 @@ class Trace:
     solver: Solver = field(default_factory=Solver)
     params: dict[str, Type] = field(default_factory=dict)
     contracted: set[tuple[str, int]] = field(default_factory=set)
-    heads: list[Dim] = field(default_factory=list)
-    head_sizes: list[Dim] = field(default_factory=list)
+    heads: list[tuple[Dim, tuple[Dim, ...]]] = field(default_factory=list)
+    aligned: list[tuple[Dim, int]] = field(default_factory=list)
     repeats: list[Dim] = field(default_factory=list)
     edits: dict[str, Dim] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
+
+    def multiples(self) -> dict[str, int]:
+        """Of atoms whose size a kernel wants to be a multiple of some number: that number."""
+        out: dict[str, int] = {}
+        for dim, multiple in self.aligned:
+            for atom in atoms(self.solver.resolve(dim)):
+                out[atom.name] = math.lcm(out.get(atom.name, 1), multiple)
+        return out
 
     def another(self, training: bool) -> Trace:
         """An empty trace of another run, which adds to the same types."""

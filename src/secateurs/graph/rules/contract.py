@@ -41,8 +41,7 @@ def einsum(call: Call, left: Type, right: Type, equation: str) -> Type:
         for letter in contracted:
             call.doubt(dims[letter], f"summed over values that zeroing does not make zero: {call.why}")
     if "b" in dims and not (left.param or right.param):
-        trace.heads.append(dims["b"])
-        trace.head_sizes.extend(dims[k] for k in dims if k != "b")
+        trace.heads.append((dims["b"], tuple(dims[k] for k in dims if k != "b")))
     live = [k for k in out if not isinstance(dims[k], Fixed)]
     zero = all(any(kind.zero for kind, names in named if k in names) for k in live)
     return Type(tuple(dims[k] for k in out), zero)
@@ -95,6 +94,9 @@ def grouped(call: Call) -> Type:
             call.freeze(kind.dims)
         return Type(fixed_dims(call.outputs[0]))
     call.freeze([rows.dims[0], weights.dims[0]], f"rows and experts: {call.why}")
+    # The kernel reads rows that begin at multiples of sixteen bytes.
+    multiple = max(1, 16 // call.outputs[0].element_size())
+    call.trace.aligned.extend((dim, multiple) for dim in weights.dims[1:])
     matrix = replace(weights, dims=weights.dims[1:], axes=weights.axes[1:])
     return einsum(call, rows, matrix, "mk,kn->mn")
 
@@ -123,8 +125,7 @@ def attention(call: Call) -> list[Type]:
     mask = call.args.get("attn_mask", call.args.get("attn_bias"))
     if mask is not None:
         broadcast(call, [Type(shared), call.type_of(mask)], tuple(size(d) for d in shared))
-    call.trace.heads.append(heads)
-    call.trace.head_sizes.extend([size_qk, v.dims[3]])
+    call.trace.heads.append((heads, (size_qk, v.dims[3])))
     call.trace.macs.append(((*shared, size_qk), call.module))
     call.trace.macs.append(((*shared, v.dims[3]), call.module))
     return [Type((*shared[:3], v.dims[3]), v.zero), *(_per_head(t, shared) for t in call.outputs[1:])]

@@ -1,0 +1,169 @@
+"""Optimal brain surgery on the inputs of a layer: what a weight costs, and how the others best make up for it.
+
+A layer with weight W [rows, columns] and inputs x has the error ½·Σ_rows (w - w')·H·(w - w')ᵀ when W becomes W', with
+H = (2/S)·Σ x·xᵀ (Hassibi and Stork 1993; Frantar and Alistarh 2022, arXiv 2208.11580). Everything here is exact for
+that error, in float64, and knows neither models nor layers.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from ..core.batch import double
+from ..core.errors import ModelError, OptionError
+
+__all__ = ["damped", "inverse", "quadratic_error", "remove_columns", "saliency"]
+
+# Tenfold damping at most this many times, before an inverse is refused.
+_RUNGS = 3
+# A pivot of the factorisation below this share of its diagonal entry is rounding error, not curvature.
+_SINGULAR = 1e-13
+
+
+def damped(hessian: Tensor, share: float = 0.01) -> Tensor:
+    """H + share·mean(diag H)·I, and 1 on the diagonal where it was 0: float64 [columns, columns].
+
+    A column whose diagonal is 0 met only zeros, so nothing is known about it: it is coupled to no other.
+
+    Args:
+        hessian: [columns, columns], symmetric.
+        share: of the mean of the diagonal (0.01, SparseGPT's code); 0 for none.
+
+    Raises:
+        OptionError: a negative share, or a hessian that is not square.
+
+    >>> damped(torch.tensor([[4.0, 0.0], [0.0, 0.0]]), 0.5).tolist()
+    [[5.0, 0.0], [0.0, 1.0]]
+    """
+    if hessian.dim() != 2 or hessian.shape[0] != hessian.shape[1]:
+        raise OptionError(f"a hessian is square, [columns, columns]; got shape {tuple(hessian.shape)}.")
+    if not 0 <= share < float("inf"):
+        raise OptionError(f"the damping must be a number of at least 0, got {share}.")
+    out = double(hessian).clone()
+    diagonal = out.diagonal()
+    dead = diagonal == 0
+    diagonal += share * diagonal.mean()
+    diagonal[dead] = 1
+    return out
+
+
+def inverse(hessian: Tensor, *, share: float = 0.01, where: str = "the layer") -> Tensor:
+    """The inverse of `damped(hessian, share)`, by Cholesky's factorisation: float64 [columns, columns].
+
+    Where that is not positive definite, ten times the damping is tried, up to three times, with a warning; without
+    damping nothing is tried.
+
+    Args:
+        hessian, share: see `damped`.
+        where: the layer, for messages.
+
+    Raises:
+        ModelError: NaN or infinite entries, or no damping was enough; the latter has the condition number.
+    """
+    if not bool(torch.isfinite(hessian).all()):
+        raise ModelError(
+            f"NaN or infinite values among the inputs of {where}: look at the data, or run the model in float32."
+        )
+    tried = [share * 10**rung for rung in range(_RUNGS + 1)] if share else [0.0]
+    for step in tried:
+        factor = _factor(damped(hessian, step))
+        if factor is None:
+            continue
+        if step > share:
+            warnings.warn(
+                f"{where}: its hessian is inverted with damping {step:g}, as {share:g} is too little.", stacklevel=2
+            )
+        return torch.cholesky_inverse(factor)
+    raise ModelError(
+        f"the hessian of {where} is not positive definite with damping up to {tried[-1]:g} (condition number "
+        f"{_condition(damped(hessian, tried[-1])):.1e}): give more calibration data or more damping, or leave the "
+        "layer out with ignore=."
+    )
+
+
+def saliency(weight: Tensor, hessian: Tensor, *, share: float = 0.01, where: str = "the layer") -> Tensor:
+    """w²/(2·[H⁻¹]_qq), by how much the error grows when one weight goes and its row makes up for it: float64, as W.
+
+    A weight that met only zeros costs nothing.
+
+    Args:
+        weight: [rows, columns].
+        hessian, share, where: see `inverse`.
+    """
+    _check_columns(weight, hessian)
+    spread = inverse(hessian, share=share, where=where).diagonal()
+    cost = double(weight).square() / (2 * spread)
+    return cost.masked_fill(hessian.diagonal().to(cost.device) == 0, 0)
+
+
+def remove_columns(
+    weight: Tensor, hessian: Tensor, columns: Tensor, *, share: float = 0.01, where: str = "the layer"
+) -> Tensor:
+    """`weight` without the columns S and the others moved to where the error is least: [rows, columns], its dtype.
+
+    W - W_S·([H⁻¹]_SS)⁻¹·[H⁻¹]_S,: in one step for all of S, with exact zeros at S. Columns that met only zeros keep
+    their weights.
+
+    Args:
+        weight: [rows, columns].
+        hessian, share, where: see `inverse`; with share 0 the result is the least-squares fit W·H_:,K·(H_KK)⁻¹.
+        columns: bool [columns], those that go.
+
+    Raises:
+        OptionError: sizes that do not fit.
+
+    >>> h = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+    >>> remove_columns(torch.ones(1, 2), h, torch.tensor([False, True]), share=0)
+    tensor([[1.5000, 0.0000]])
+    """
+    _check_columns(weight, hessian)
+    if columns.shape != weight.shape[1:] or columns.dtype != torch.bool:
+        raise OptionError(
+            f"columns must be bool [{weight.shape[1]}], one for each column of {where}; got {columns.dtype} "
+            f"{list(columns.shape)}."
+        )
+    if not bool(columns.any()):
+        return weight.clone()
+    spread = inverse(hessian, share=share, where=where)
+    gone = columns.to(spread.device)
+    wide = double(weight).to(spread.device)
+    factor = torch.linalg.cholesky(spread[gone][:, gone])
+    out = wide - wide[:, gone] @ torch.cholesky_solve(spread[gone], factor)
+    out[:, gone] = 0
+    return out.to(weight)
+
+
+def quadratic_error(before: Tensor, after: Tensor, hessian: Tensor) -> float:
+    """½·tr((W - W')·H·(W - W')ᵀ): half the summed squared error of the outputs, over S and times 2.
+
+    Args:
+        before, after: [rows, columns].
+        hessian: not damped.
+    """
+    gap = double(before) - double(after)
+    return float((gap @ double(hessian) * gap).sum() / 2)
+
+
+def _check_columns(weight: Tensor, hessian: Tensor) -> None:
+    if weight.dim() != 2 or hessian.shape != (weight.shape[1], weight.shape[1]):
+        raise OptionError(
+            f"a weight [rows, columns] needs a hessian [columns, columns]; got {list(weight.shape)} and "
+            f"{list(hessian.shape)}."
+        )
+
+
+def _factor(matrix: Tensor) -> Tensor | None:
+    """The lower Cholesky factor; None where the matrix is not positive definite to working precision."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if int(failed):
+        return None
+    sound = factor.diagonal().square() > _SINGULAR * matrix.diagonal()
+    return factor if bool(sound.all()) else None
+
+
+def _condition(matrix: Tensor) -> float:
+    sizes = torch.linalg.eigvalsh(matrix).abs()
+    return float(sizes.max() / sizes.min())
