@@ -80,6 +80,11 @@ def _image(kind: str, head: str = "AutoModelForImageClassification", size: int =
     return family(kind, head, lambda: _pixels(size), _IMAGE, **sizes)
 
 
+def _staged(kind: str, **sizes: Any) -> Case:
+    """A classifier whose config has a width, a depth or a number of heads for each stage, under names of its own."""
+    return family(kind, "AutoModelForImageClassification", _pixels, {"image_size": 32, "num_labels": 10}, **sizes)
+
+
 _GROUPED = {"num_key_value_heads": 2, "head_dim": 16}
 _BART = {
     "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
@@ -89,6 +94,7 @@ _T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, 
 _GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
 _MOE = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
 _STAGES = {"depths": [2, 2], "num_channels": 3}
+_SWIN = {"embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 2, "patch_size": 4}
 _WAVE = {
     "conv_dim": (32, 32), "conv_stride": (5, 4), "conv_kernel": (10, 8), "num_feat_extract_layers": 2,
     "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "num_labels": 4, "mask_time_prob": 0.0,
@@ -147,7 +153,7 @@ FAMILIES: dict[str, Case] = {
     ),  # fmt: skip
     "Mamba": _causal("mamba", state_size=8),
     "Mamba-2": _causal("mamba2", state_size=8, num_heads=8, head_dim=16, n_groups=1, expand=2, chunk_size=8),
-    "RWKV": _causal("rwkv", attention_hidden_size=64, context_length=64),
+    "RWKV": _causal("rwkv", attention_hidden_size=64, intermediate_size=256, context_length=64),
     "T5": _seq2seq("t5", **_T5),
     "Flan-T5 (gated)": _seq2seq("t5", **_T5, feed_forward_proj="gated-gelu"),
     "BART": _seq2seq("bart", **_BART),
@@ -165,19 +171,19 @@ FAMILIES: dict[str, Case] = {
         time_stride=8,
     ),  # fmt: skip
     "ViT": _image("vit"),
-    "DeiT": _image("deit"),
+    "DeiT": _image("deit", architectures=["DeiTForImageClassification"]),
     "BEiT": _image("beit"),
     "DINOv2": _image("dinov2"),
     "DINOv2 (gated)": _image("dinov2", use_swiglu_ffn=True),
     "ViTMAE": _image("vit_mae", "AutoModelForPreTraining", decoder_hidden_size=32, decoder_num_hidden_layers=2,
                      decoder_num_attention_heads=4, decoder_intermediate_size=64, mask_ratio=0.0),
     "YOLOS": _image("yolos", "AutoModelForObjectDetection", image_size=[32, 32], num_detection_tokens=5),
-    "Swin": _image("swin", embed_dim=32, depths=[2, 2], num_heads=[2, 4], window_size=2, patch_size=4),
-    "Swin-V2": _image("swinv2", embed_dim=32, depths=[2, 2], num_heads=[2, 4], window_size=2, patch_size=4),
+    "Swin": _staged("swin", **_SWIN),
+    "Swin-V2": _staged("swinv2", **_SWIN),
     "ConvNeXt": _image("convnext", hidden_sizes=[32, 64], **_STAGES, num_stages=2, patch_size=4),
     "ConvNeXt-V2": _image("convnextv2", hidden_sizes=[32, 64], **_STAGES, num_stages=2, patch_size=4),
     "ResNet": _image("resnet", hidden_sizes=[32, 64], embedding_size=32, **_STAGES),
-    "RegNet": _image("regnet", hidden_sizes=[32, 64], embedding_size=32, **_STAGES, groups_width=16),
+    "RegNet": _staged("regnet", hidden_sizes=[32, 64], embedding_size=32, **_STAGES, groups_width=16),
     "MobileNetV2": _image("mobilenet_v2"),
     "PVT-v2": _image("pvt_v2", hidden_sizes=[32, 64, 64, 64], depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 2, 2],
                      sr_ratios=[4, 2, 1, 1], mlp_ratios=[2, 2, 2, 2]),

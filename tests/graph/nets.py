@@ -351,6 +351,21 @@ class GroupedQuery(nn.Module):
         return self.out(y.transpose(1, 2).reshape(b, t, -1))
 
 
+class PreNorm(nn.Module):
+    """A residual stream with a normalised, gated branch; every width is behind a norm or in the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Linear(8, 10), nn.LayerNorm(10)
+        self.up, self.inner, self.down = nn.Linear(10, 12), nn.RMSNorm(12), nn.Linear(12, 10)
+        self.head = nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        x = x + self.down(self.inner(F.gelu(self.up(self.norm(x)))))
+        return self.head(self.norm(x))
+
+
 class TiedLanguageModel(nn.Module):
     def __init__(self, vocabulary: int = 11, width: int = 6, inner: int = 9) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 import secateurs.graph.structure  # noqa: F401  (registers the rules)
 from secateurs.core.dims import Dim, Fixed, atoms, kept, size
-from secateurs.graph.trace import Tracer, Type, base_name, bound
+from secateurs.graph.trace import Call, Tracer, Type, base_name, bound
 
 __all__ = ["Recorder", "Run", "prove_op"]
 
@@ -81,14 +82,21 @@ class Run:
 
 
 def trace(function: Callable[..., Any], inputs: Sequence[Tensor], zeroed: Sequence[bool]) -> Run:
-    """`function` traced on copies of `inputs`, of which those in `zeroed` are parameters."""
+    """`function` traced on copies of `inputs`, of which those in `zeroed` are parameters.
+
+    Numbers in its code stay as they are: nobody here mends them.
+    """
     own = [
         nn.Parameter(t.clone(), requires_grad=False) if z else t.clone() for t, z in zip(inputs, zeroed, strict=True)
     ]
     recorder = Recorder({id(t): f"p{i}" for i, t in enumerate(own)})
-    with torch.no_grad(), recorder:
+    with torch.no_grad(), _literal("free"), _literal("repeated"), recorder:
         function(*own)
     return Run(recorder, own, {base_name(s.func) for s in recorder.steps})
+
+
+def _literal(name: str) -> Any:
+    return mock.patch.object(Call, name, lambda _call, n: Fixed(n))
 
 
 def prove_op(

@@ -414,6 +414,7 @@ UNPROVED: dict[str, str] = {
     "native_channel_shuffle": "called channel_shuffle on the CPU",
     "_grouped_mm": "proved below, on shapes that its alignment allows",
     "grouped_mm_fallback": "an op of transformers with the rule of _grouped_mm",
+    **dict.fromkeys(("zeros", "ones", "full", "empty", "rand", "randn"), "no tensor goes in: the rule of new_zeros"),
 }
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateurs.core.dims import Fixed
-from secateurs.core.errors import FileError, ModelError, OptionError
-from secateurs.graph.cut import cut
+from secateurs.core.errors import FileError, ModelError, OptionError, ProofError
+from secateurs.graph.compact import on_kept
+from secateurs.graph.cut import cut, mask, prove
 from secateurs.graph.structure import Structure, fingerprint, infer, trace_model
 from tests.graph import nets
 from tests.graph.nets import check, drawn, random_keep
@@ -186,13 +187,13 @@ FOUND: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, tuple[str, int]]]
         {"first": ("channel", 10), "second.linear": ("channel", 7)},
     ),
     "groups read from a shape": (lambda: nets.FunctionalConv(literal=False), images, {"stem": ("channel", 8)}),
-    "the inputs of an LSTM": (nets.Lstm, drawn(2, 4, 3), {"embed": ("channel", 6), "up": ("channel", 8)}),
-    "the inputs of a GRU": (
+    "an LSTM": (nets.Lstm, drawn(2, 4, 3), {"embed": ("channel", 6), "rnn": ("channel", 5), "up": ("channel", 8)}),
+    "a GRU": (
         lambda: Net(
             lambda m, x: m.b(m.r(m.a(x))[0]), a=nn.Linear(8, 5), r=nn.GRU(5, 4, batch_first=True), b=nn.Linear(4, 2)
         ),
         tokens,
-        {"a": ("channel", 5)},
+        {"a": ("channel", 5), "r": ("channel", 4)},
     ),
 }
 
@@ -371,7 +372,7 @@ KEPT: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
 @pytest.mark.parametrize("name", KEPT)
 def test_what_is_not_understood_stays_with_its_reason(name: str) -> None:
     make, inputs, reason = KEPT[name]
-    structure = infer(make(), inputs)
+    structure = infer(make(), inputs, entangled=False)
     assert structure.groups == ()
     assert any(r.startswith(reason) for r in reasons(structure)), reasons(structure)
 
@@ -662,13 +663,46 @@ def test_head_sizes_go_where_the_scale_does_not_depend_on_them(scale, found) -> 
     assert kinds(structure) == dict.fromkeys(found, ("head-size", 3))
 
 
-def test_entangled_widths_are_offered_on_request() -> None:
-    model = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 2))
-    structure = infer(model, rows, entangled=True)
-    assert kinds(structure) == {"0": ("channel", 6)}
-    smaller = cut(model, structure, {"0": torch.arange(6) < 4})
-    assert smaller[1].normalized_shape == (4,)
-    assert smaller(rows).shape == (2, 2)
+ENTANGLED: dict[str, tuple[Callable[[], nn.Module], Any]] = {
+    "layer norm": (lambda: nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 2)), rows),
+    "rms norm": (lambda: nn.Sequential(nn.Linear(5, 6), nn.RMSNorm(6), nn.Linear(6, 2)), rows),
+    "softmax": (lambda: nn.Sequential(nn.Linear(5, 6), nn.Softmax(1), nn.Linear(6, 2)), rows),
+    "mean": (lambda: Net(lambda m, x: m.b(m.a(x) * m.a(x).mean(1, True)), a=nn.Linear(5, 6), b=nn.Linear(6, 2)), rows),
+    "sum of sigmoids": (lambda: Net(lambda m, x: m.a(x).sigmoid().sum(1, True), a=nn.Linear(5, 6)), rows),
+    "channels of a group norm": (
+        lambda: nn.Sequential(nn.Conv2d(3, 12, 1), nn.GroupNorm(2, 12), nn.Conv2d(12, 2, 1)), images,
+    ),
+    "a residual stream": (nets.PreNorm, tokens),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENTANGLED)
+def test_entangled_widths_are_cut_and_proven(name: str) -> None:
+    make, inputs = ENTANGLED[name]
+    torch.manual_seed(0)
+    model = make().eval()
+    structure = infer(model, inputs, entangled=True)
+    assert structure.doubted
+    keep = {g.name: torch.arange(g.size) % 3 != 1 for g in structure.groups}
+    smaller, masked = cut(model, structure, keep), mask(model, structure.groups, keep)
+    assert prove(masked, smaller, inputs, on_kept(structure.doubted, keep)) < 1e-5
+    with pytest.raises(ProofError):
+        prove(masked, smaller, inputs)
+
+
+def test_entangled_widths_are_offered_where_little_else_is() -> None:
+    norm = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 2))
+    assert kinds(infer(norm, rows)) == {"0": ("channel", 6)}
+    assert kinds(infer(norm, rows, entangled=False)) == {}
+    wide = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 90), nn.ReLU(), nn.Linear(90, 2))
+    assert kinds(infer(wide, rows)) == {"2": ("channel", 90)}
+    assert kinds(infer(wide, rows, entangled=True)) == {"0": ("channel", 6), "2": ("channel", 90)}
+
+
+def test_doubted_ops_survive_a_file() -> None:
+    model = nets.PreNorm()
+    structure = infer(model, tokens, entangled=True)
+    assert Structure.from_dict(json.loads(json.dumps(structure.to_dict()))).doubted == structure.doubted
 
 
 def test_restricting_fixes_the_other_groups_everywhere() -> None:

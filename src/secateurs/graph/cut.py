@@ -15,6 +15,7 @@ from ..core.batch import call, device_of, move
 from ..core.dims import kept
 from ..core.errors import PlanError, ProofError
 from ..core.units import Group
+from .compact import Reference, as_is
 from .mend import apply_edits
 from .run import output_tensors, running
 from .structure import Structure, fingerprint
@@ -111,7 +112,7 @@ def _sliced(tensor: Tensor, keeps: Sequence[Tensor]) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def prove(masked: nn.Module, smaller: nn.Module, example_inputs: Any) -> float:
+def prove(masked: nn.Module, smaller: nn.Module, example_inputs: Any, reference: Reference = as_is) -> float:
     """The largest relative difference between two forms of one decision, over outputs and inner activations.
 
     Both run in evaluation mode, on the same inputs and random numbers; neither is changed. Compared are the outputs,
@@ -119,16 +120,19 @@ def prove(masked: nn.Module, smaller: nn.Module, example_inputs: Any) -> float:
     with anything. A difference that rounding might not explain is judged again in float64, where the two must agree to
     1e-8; a model that does not run in float64, in float32.
 
+    Args:
+        reference: how the masked model is run; see `compact.on_kept`.
+
     Raises:
         ProofError: the cut model does not run, or the outputs differ in number, in shape or in value.
     """
-    error, where = _difference(masked, smaller, example_inputs)
+    error, where = _difference(masked, smaller, example_inputs, reference)
     if error <= _QUICK:
         return error
     for dtype, allowed in _CLOSER.items():
         pair = _cast(masked, dtype), _cast(smaller, dtype)
         try:
-            error, where = _difference(*pair, _cast_tree(example_inputs, dtype))
+            error, where = _difference(*pair, _cast_tree(example_inputs, dtype), reference)
         except (RuntimeError, TypeError):
             continue
         if error <= allowed:
@@ -140,8 +144,8 @@ def prove(masked: nn.Module, smaller: nn.Module, example_inputs: Any) -> float:
     )
 
 
-def _difference(masked: nn.Module, smaller: nn.Module, inputs: Any) -> tuple[float, str]:
-    wanted = _witnesses(masked, inputs)
+def _difference(masked: nn.Module, smaller: nn.Module, inputs: Any, reference: Reference) -> tuple[float, str]:
+    wanted = _witnesses(masked, inputs, reference)
     got = _witnesses_of_cut(smaller, inputs)
     if len(wanted.outputs) != len(got.outputs):
         raise ProofError(f"the cut model has {len(got.outputs)} outputs, the original {len(wanted.outputs)}.")
@@ -184,7 +188,7 @@ def _witness(tensor: Tensor, sample: bool) -> _Witness:
 
 def _witnesses_of_cut(model: nn.Module, inputs: Any) -> _Witnesses:
     try:
-        return _witnesses(model, inputs)
+        return _witnesses(model, inputs, as_is)
     except Exception as error:
         raise ProofError(
             f"the cut model does not run on the example inputs ({type(error).__name__}: {error}), so it is not used. "
@@ -192,7 +196,7 @@ def _witnesses_of_cut(model: nn.Module, inputs: Any) -> _Witnesses:
         ) from error
 
 
-def _witnesses(model: nn.Module, inputs: Any) -> _Witnesses:
+def _witnesses(model: nn.Module, inputs: Any, reference: Reference) -> _Witnesses:
     # What a forward pass leaves behind in buffers and attributes stays in this copy.
     model = twin(model, {name: p.detach() for name, p in model.named_parameters()}).eval()
     inner: dict[str, _Witness] = {}
@@ -209,7 +213,11 @@ def _witnesses(model: nn.Module, inputs: Any) -> _Witnesses:
             module.register_forward_hook(lambda _m, _i, out, path=path: look(path, out))
     device = device_of(model)
     # The state of the random numbers is put back, so both forms see the same.
-    with running(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with (
+        running(model) as module,
+        reference(model, module),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+    ):
         outputs = output_tensors(call(model, move(inputs, device)))
     return _Witnesses([_witness(t, sample=False) for t in outputs], inner)
 

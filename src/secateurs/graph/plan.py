@@ -15,6 +15,7 @@ from ..core.errors import FileError, PlanError
 from ..core.plan import Plan, Recipe, pack, unpack
 from ..core.state import read_state, write_state
 from ..core.units import ChannelGroup, WeightGroup
+from .compact import on_kept
 from .cut import check_fits, cut, element_masks, mask, prove
 from .structure import Structure, fingerprint, long_names, short_names, substituted
 from .twin import named_tensors
@@ -87,7 +88,8 @@ class ModelPlan(Plan):
                 "use plan.mask(model), or granularity='channel' for a smaller model."
             )
         smaller = cut(model, self.structure, self.keep)
-        return smaller, prove(mask(model, self.groups, self.keep), smaller, self.example_inputs)
+        masked = mask(model, self.groups, self.keep)
+        return smaller, prove(masked, smaller, self.example_inputs, on_kept(self.structure.doubted, self.keep))
 
     def check(self, model: nn.Module, values: bool = False) -> None:
         """Refuse a model that the plan was not made for.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -19,13 +20,15 @@ from . import rules as _rules  # noqa: F401  (registers the rules)
 from .mend import holds, leaf_edits
 from .rehearse import rehearse
 from .run import output_tensors, place, running
-from .trace import DECISIVE, Trace, Tracer
+from .trace import DECISIVE, Doubted, Trace, Tracer
 from .twin import meta_twin, named_tensors, set_mode, shared_twin
 
 __all__ = ["DEFAULT_KINDS", "KINDS", "Frozen", "Structure", "fingerprint", "infer"]
 
 KINDS = ("channel", "head", "head-size")
 DEFAULT_KINDS = ("channel", "head")
+# With less than this share of the parameters along neutral widths, the others are offered, too.
+_ENOUGH = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Structure:
         frozen: the widths that stay, and why.
         unknown: ops without a rule and a module that calls each.
         fingerprint: of the model's tensor names and shapes.
+        doubted: the ops that a proof runs on what is kept, since zeroing is not removing there.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -65,6 +69,7 @@ class Structure:
     frozen: tuple[Frozen, ...]
     unknown: Mapping[str, str]
     fingerprint: str
+    doubted: tuple[Doubted, ...] = ()
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -86,6 +91,7 @@ class Structure:
             tensors={n: dims for n, dims in known.tensors.items() if any(True for d in dims for _ in atoms(d))},
             edits={k: d for k, d in known.edits.items() if any(True for _ in atoms(d))},
             frozen=self.frozen + left_out,
+            doubted=tuple(op for op in known.doubted if _live(op)),
         )
 
     def _with(self, known: Mapping[str, Dim]) -> Structure:
@@ -99,6 +105,7 @@ class Structure:
             tensors={name: tuple(substitute(d, known) for d in dims) for name, dims in self.tensors.items()},
             edits={key: substitute(dim, known) for key, dim in self.edits.items()},
             costs=substituted(self.costs, known),
+            doubted=tuple(_mapped(op, lambda dim: substitute(dim, known)) for op in self.doubted),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,6 +113,7 @@ class Structure:
         short = self._with(short_names(self.groups))
         return {
             "fingerprint": self.fingerprint,
+            "doubted": [_doubted_to_list(op) for op in short.doubted],
             "groups": [_group_to_dict(g) for g in short.groups],
             "tensors": {name: [str(d) for d in dims] for name, dims in short.tensors.items()},
             "edits": {key: str(dim) for key, dim in short.edits.items()},
@@ -131,6 +139,7 @@ class Structure:
                 frozen=tuple(Frozen(*f) for f in data["frozen"]),
                 unknown=dict(data["unknown"]),
                 fingerprint=data["fingerprint"],
+                doubted=tuple(_doubted_from_list(op, sizes) for op in data.get("doubted", ())),
             )
             return short._with(long_names(short.groups))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -157,6 +166,25 @@ def substituted(costs: CostModel, known: Mapping[str, Dim]) -> CostModel:
     )
 
 
+def _mapped(op: Doubted, change: Callable[[Dim], Dim]) -> Doubted:
+    inputs, outputs = (tuple(tuple(map(change, dims)) for dims in side) for side in (op.inputs, op.outputs))
+    return replace(op, inputs=inputs, outputs=outputs)
+
+
+def _live(op: Doubted) -> bool:
+    return any(True for dims in (*op.inputs, *op.outputs) for dim in dims for _ in atoms(dim))
+
+
+def _doubted_to_list(op: Doubted) -> list[Any]:
+    sides = [[[str(dim) for dim in dims] for dims in side] for side in (op.inputs, op.outputs)]
+    return [op.module, op.name, op.nth, *sides]
+
+
+def _doubted_from_list(data: Sequence[Any], sizes: Mapping[str, int]) -> Doubted:
+    module, name, nth, *sides = data
+    return Doubted(module, name, nth, *(tuple(tuple(parse(d, sizes) for d in dims) for dims in s) for s in sides))
+
+
 def _group_to_dict(group: ChannelGroup) -> dict[str, Any]:
     members = [[m.tensor, m.axis, str(m.dim), m.rank, m.role] for m in group.members]
     data = {"name": group.name, "size": group.size, "kind": group.kind, "members": members}
@@ -179,7 +207,7 @@ def infer(
     example_inputs: Any,
     *,
     kinds: Iterable[str] = DEFAULT_KINDS,
-    entangled: bool = False,
+    entangled: bool | None = None,
 ) -> Structure:
     """What of `model` can go, from one run on `example_inputs`; the model is not changed.
 
@@ -187,7 +215,8 @@ def infer(
         model: any module whose forward runs on the example inputs.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keywords.
         kinds: which units to offer: "channel", "head", "head-size".
-        entangled: also offer widths whose removal differs from zeroing, such as one a layer norm runs over.
+        entangled: also offer widths whose removal differs from zeroing, such as one a layer norm runs over. Default:
+            only where the other widths make up less than a third of the parameters.
 
     Raises:
         ModelError: the model does not run on these inputs, or is TorchScript.
@@ -196,15 +225,31 @@ def infer(
     wanted = frozenset(kinds)
     for kind in sorted(wanted - set(KINDS)):
         raise unknown_name("kind of unit", kind, KINDS)
+    structure = _inferred(model, example_inputs, wanted, bool(entangled))
+    if entangled is None and _reach(structure) < _ENOUGH:
+        return _inferred(model, example_inputs, wanted, True)
+    return structure
+
+
+def _reach(structure: Structure) -> float:
+    """Of all parameters those in a tensor along which something can go."""
+    tensors = structure.costs.metrics["params"]
+    entries = [math.prod(map(size, tensor.dims)) for tensor in tensors]
+    reached = [n for n, t in zip(entries, tensors, strict=True) if any(True for d in t.dims for _ in atoms(d))]
+    return sum(reached) / max(sum(entries), 1)
+
+
+def _inferred(model: nn.Module, example_inputs: Any, wanted: frozenset[str], entangled: bool) -> Structure:
     traces = trace_model(model, example_inputs)
     trace = traces[0]
     _freeze_unseen(model, trace)
-    _freeze_deselected(trace, wanted, entangled)
+    kind_of = _kinds(trace)
+    _freeze_deselected(trace, kind_of, wanted, entangled)
     for key in [key for key, dim in trace.edits.items() if not holds(model, key, size(dim))]:
         del trace.edits[key]
     trace.edits.update(leaf_edits(model, {n: k.dims for n, k in trace.params.items()}, trace.edits))
     rehearse(model, example_inputs, traces)
-    return _reify(model, trace)
+    return _reify(model, trace, kind_of)
 
 
 def trace_model(model: nn.Module, example_inputs: Any) -> list[Trace]:
@@ -289,9 +334,8 @@ def _freeze_unseen(model: nn.Module, trace: Trace) -> None:
                 trace.solver.freeze(dim, f"{name} did not run on these inputs, and Python decides by values what runs")
 
 
-def _freeze_deselected(trace: Trace, kinds: frozenset[str], entangled: bool) -> None:
+def _freeze_deselected(trace: Trace, kind_of: Mapping[str, str], kinds: frozenset[str], entangled: bool) -> None:
     solver = trace.solver
-    kind_of = _kinds(trace)
     tangled: dict[str, str] = {}
     for name, why in solver.entangled.items():
         for atom in atoms(solver.resolve(Atom(name, 2))):
@@ -347,10 +391,9 @@ def _kinds(trace: Trace) -> dict[str, str]:
     return sizes | heads
 
 
-def _reify(model: nn.Module, trace: Trace) -> Structure:
+def _reify(model: nn.Module, trace: Trace, kind_of: Mapping[str, str]) -> Structure:
     solver = trace.solver
     resolved = {name: tuple(solver.resolve(d) for d in kind.dims) for name, kind in trace.params.items()}
-    kind_of = _kinds(trace)
     parameters = {name for name, _ in model.named_parameters()}
     names = _names(resolved, trace, parameters)
     for name, dims in resolved.items():
@@ -384,6 +427,7 @@ def _reify(model: nn.Module, trace: Trace) -> Structure:
         frozen=_frozen(trace, tensors),
         unknown=dict(trace.unknown),
         fingerprint=fingerprint(model),
+        doubted=tuple(op for op in (_mapped(op, rename) for op in trace.doubted) if _live(op)),
     )
 
 

@@ -7,6 +7,7 @@ and attaches the types that the rule returns to the outputs. An op without a rul
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ __all__ = [
     "RULES",
     "UNRECORDED",
     "Call",
+    "Doubted",
     "OpRecord",
     "Seen",
     "Span",
@@ -99,6 +101,22 @@ class OpRecord:
     factors: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Doubted:
+    """An op for which units that are removed and units that are zero are not the same.
+
+    Args:
+        module, name, nth: the caller, the op, and which of the caller's calls of it.
+        inputs, outputs: the types of its tensors, in the order of its arguments and results.
+    """
+
+    module: str
+    name: str
+    nth: int
+    inputs: tuple[tuple[Dim, ...], ...]
+    outputs: tuple[tuple[Dim, ...], ...]
+
+
 @dataclass
 class Trace:
     """What one run of the model taught: types, costs, and which axis of a parameter is contracted.
@@ -114,6 +132,7 @@ class Trace:
     ops: list[OpRecord] = field(default_factory=list)
     spans: dict[str, list[Span]] = field(default_factory=dict)
     macs: list[tuple[tuple[Dim, ...], str]] = field(default_factory=list)
+    doubted: list[Doubted] = field(default_factory=list)
     solver: Solver = field(default_factory=Solver)
     params: dict[str, Type] = field(default_factory=dict)
     contracted: set[tuple[str, int]] = field(default_factory=set)
@@ -133,7 +152,7 @@ class Trace:
 
     def another(self, training: bool) -> Trace:
         """An empty trace of another run, which adds to the same types."""
-        return replace(self, training=training, ops=[], spans={}, macs=[])
+        return replace(self, training=training, ops=[], spans={}, macs=[], doubted=[])
 
 
 @dataclass(frozen=True)
@@ -270,6 +289,7 @@ class _Flow:
     sources: frozenset[int]
     targets: frozenset[int]
     doubts: list[tuple[Dim, str]]
+    op: Doubted | None
 
 
 def _memory(tensor: Tensor) -> int:
@@ -289,6 +309,7 @@ class Tracer(TorchDispatchMode):
         self._alive: list[Tensor] = []
         self._aliases: dict[int, list[int]] = {}
         self._flows: list[_Flow] = []
+        self._calls: Counter[tuple[str, str]] = Counter()
 
     def type_of(self, tensor: Tensor) -> Type:
         """The type of a tensor of the run; parameters get fresh atoms, tensors from nowhere are fixed."""
@@ -341,6 +362,7 @@ class Tracer(TorchDispatchMode):
                 wanted |= flow.sources
                 for dim, why in flow.doubts:
                     self.trace.solver.entangle(dim, why)
+                self.trace.doubted += [flow.op] if flow.op else []
         return self.trace
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -354,16 +376,18 @@ class Tracer(TorchDispatchMode):
             self.remember(tensor, kind)
             if func._schema.is_mutable and not kind.zero:
                 self._written(tensor)
+        inputs = tuple(t.dims for t in call.types())
+        nth = self._calls[call.module, call.name]
+        self._calls[call.module, call.name] += 1
+        made = tuple(k.dims for k in kinds)
+        doubted = Doubted(call.module, call.name, nth, inputs, made) if call.doubts else None
         self._flows.append(
-            _Flow(frozenset(map(_memory, call.tensors())), frozenset(map(_memory, outputs)), call.doubts)
+            _Flow(frozenset(map(_memory, call.tensors())), frozenset(map(_memory, outputs)), call.doubts, doubted)
         )
         if call.name in UNRECORDED:
             return result
         ints, factors = numbers(func, arguments)
-        inputs = tuple(t.dims for t in call.types())
-        record = OpRecord(
-            call.name, call.module, tuple(k.dims for k in kinds), tuple(t.dtype for t in outputs), inputs, ints, factors
-        )
+        record = OpRecord(call.name, call.module, made, tuple(t.dtype for t in outputs), inputs, ints, factors)
         self.trace.ops.append(record)
         return result
 
