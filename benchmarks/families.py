@@ -104,6 +104,7 @@ _TOWERS = {
     "vision_config": {k: v for k, v in _IMAGE.items() if k != "num_labels"},
 }
 
+# fmt: off
 FAMILIES: dict[str, Case] = {
     "BERT": _encoder("bert"),
     "RoBERTa": _encoder("roberta"),
@@ -150,7 +151,7 @@ FAMILIES: dict[str, Case] = {
         "deepseek_v3", num_key_value_heads=4, q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=16,
         v_head_dim=16, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, moe_intermediate_size=64,
         first_k_dense_replace=1, n_shared_experts=1,
-    ),  # fmt: skip
+    ),
     "Mamba": _causal("mamba", state_size=8),
     "Mamba-2": _causal("mamba2", state_size=8, num_heads=8, head_dim=16, n_groups=1, expand=2, chunk_size=8),
     "RWKV": _causal("rwkv", attention_hidden_size=64, intermediate_size=256, context_length=64),
@@ -162,14 +163,14 @@ FAMILIES: dict[str, Case] = {
     "Whisper": family(
         "whisper", "AutoModelForSpeechSeq2Seq", _mel, _TEXT, **_BART, num_mel_bins=16, max_source_positions=20,
         max_target_positions=32,
-    ),  # fmt: skip
+    ),
     "wav2vec 2.0": family("wav2vec2", "AutoModelForAudioClassification", _sound, _TEXT, **_WAVE),
     "HuBERT": family("hubert", "AutoModelForAudioClassification", _sound, _TEXT, **_WAVE),
     "AST": family(
         "audio-spectrogram-transformer", "AutoModelForAudioClassification",
         lambda: {"input_values": torch.randn(2, 32, 16)}, _IMAGE, num_mel_bins=16, max_length=32, frequency_stride=8,
         time_stride=8,
-    ),  # fmt: skip
+    ),
     "ViT": _image("vit"),
     "DeiT": _image("deit", architectures=["DeiTForImageClassification"]),
     "BEiT": _image("beit"),
@@ -190,7 +191,8 @@ FAMILIES: dict[str, Case] = {
     "SegFormer": _image(
         "segformer", "AutoModelForSemanticSegmentation", 64, hidden_sizes=[32, 64, 64, 64], depths=[1, 1, 1, 1],
         num_attention_heads=[1, 2, 2, 2], sr_ratios=[4, 2, 1, 1], decoder_hidden_size=32,
-    ),  # fmt: skip
+    ),
     "CLIP": family("clip", "AutoModel", _pair, _TOWERS, projection_dim=32),
     "SigLIP": family("siglip", "AutoModel", _pair, _TOWERS),
-}  # fmt: skip
+}
+# fmt: on

@@ -41,6 +41,7 @@ def record(
     seeds: Sequence[int] = (),
     note: str = "",
     command: str = "",
+    show: bool = True,
 ) -> None:
     """Prints a table and writes `results/NAME.json`.
 
@@ -54,11 +55,13 @@ def record(
         seeds: one run for each.
         note: what a reader must know to judge the figures.
         command: that gives them; default: the module of this name.
+        show: whether the table is printed; a run that records after each row prints it once.
     """
-    table = Table(*columns, title=name)
-    for row in rows:
-        table.add_row(*map(str, row))
-    Console(width=160).print(table, held)
+    if show:
+        table = Table(*columns, title=name)
+        for row in rows:
+            table.add_row(*map(str, row))
+        Console(width=160).print(table, held)
     RESULTS.mkdir(exist_ok=True)
     content = {
         "name": name, "system": system, "claim": claim, "held": held, "columns": list(columns),

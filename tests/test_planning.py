@@ -67,8 +67,9 @@ def bits(model: nn.Module) -> dict[str, list[Any]]:
     ("text", "wanted"),
     [
         ("channel", Granularity(kinds=("channel", "head"))),
-        ("head", Granularity(kinds=("head",))),
-        ("head-size", Granularity(kinds=("head-size",))),
+        ("head", Granularity(kinds=("head",), entangled=False)),
+        ("head-size", Granularity(kinds=("head-size",), entangled=True)),
+        ("width", Granularity(kinds=("channel", "head"), entangled=True)),
         ("weight", Granularity()),
         ("block:4x1", Granularity(block=(4, 1))),
         ("block:16x32", Granularity(block=(16, 32))),

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from .core.budget import Budget
     from .core.errors import SecateursError
     from .graph.plan import ModelPlan as Plan
+    from .inspection import inspect
     from .planning import plan
     from .pruning import FineTune, Pruned, load, prune
     from .report.data import Report
+    from .report.inspection import Inspection
     from .train.magnitude import GlobalMagnitude, GradualMagnitude
     from .train.random_sparse import RandomSparse
 
@@ -25,11 +27,13 @@ __all__ = [
     "FineTune",
     "GlobalMagnitude",
     "GradualMagnitude",
+    "Inspection",
     "Plan",
     "Pruned",
     "RandomSparse",
     "Report",
     "SecateursError",
+    "inspect",
     "load",
     "plan",
     "prune",
@@ -41,11 +45,13 @@ _HOMES = {
     "FineTune": "pruning",
     "GlobalMagnitude": "train.magnitude",
     "GradualMagnitude": "train.magnitude",
+    "Inspection": "report.inspection",
     "Plan": "graph.plan",
     "Pruned": "pruning",
     "RandomSparse": "train.random_sparse",
     "Report": "report.data",
     "SecateursError": "core.errors",
+    "inspect": "inspection",
     "load": "pruning",
     "plan": "planning",
     "prune": "pruning",

@@ -32,7 +32,7 @@ from .train.scope import prunable_weights
 
 __all__ = ["GRANULARITIES", "Granularity", "batches_of", "plan", "plan_of_masks", "recipe_of", "timer"]
 
-GRANULARITIES = ("channel", "head", "head-size", "weight", "block:ROWSxCOLUMNS")
+GRANULARITIES = ("channel", "head", "head-size", "width", "weight", "block:ROWSxCOLUMNS")
 _BLOCK = re.compile(r"block:(\d+)x(\d+)")
 # A group that keeps less than this share of its units is warned about, before anything is trained.
 _FEW = 0.05
@@ -44,10 +44,12 @@ class Granularity:
 
     Args:
         kinds: kinds of coupled groups (see `graph.structure.KINDS`); empty for entries of weights.
+        entangled: whether widths go whose removal differs from zeroing; see `graph.structure.infer`.
         block: rows and columns of a block of entries.
     """
 
     kinds: tuple[str, ...] = ()
+    entangled: bool | None = None
     block: tuple[int, int] = (1, 1)
 
     @classmethod
@@ -59,8 +61,11 @@ class Granularity:
         """
         if text == "channel":
             return cls(kinds=("channel", "head"))
+        if text == "width":
+            return cls(kinds=("channel", "head"), entangled=True)
         if text in ("head", "head-size"):
-            return cls(kinds=(text,))
+            # The size of a head is in the scale of its products, so its removal is seldom neutral.
+            return cls(kinds=(text,), entangled=text == "head-size")
         if text == "weight":
             return cls()
         if match := _BLOCK.fullmatch(text):
@@ -96,8 +101,10 @@ def plan(
         loss: `(output, target) -> scalar` for gradients; by default the output's own loss, or cross-entropy.
         criterion, criterion_options: how units are scored; see `secateurs.criteria`.
         allocation, allocation_options: how much goes from where; see `secateurs.core.allocate`.
-        granularity: "channel" (the default: widths and attention heads), "head", "head-size", "weight" (the default
-            for N:M), or "block:4x1".
+        granularity: "channel" (the default: widths and attention heads whose removal equals zeroing, and where those
+            are less than a third of the parameters all widths), "head", "head-size", "width" (also those that a
+            normalisation runs over, such as the hidden size of a transformer), "weight" (the default for N:M), or
+            "block:4x1".
         scope, ignore: patterns of names of layers or parameters to prune, or to leave alone.
         floor: fewest units that stay in a group: a count, or a share. Default 10% of the channels of a group; one
             entry of a weight.
@@ -261,7 +268,7 @@ def _units(
     if not unit.kinds:
         groups = _weight_groups(model, unit, recipe)
         return None, groups, _weight_costs(model, example_inputs, groups)
-    structure = infer(model, example_inputs, kinds=unit.kinds)
+    structure = infer(model, example_inputs, kinds=unit.kinds, entangled=unit.entangled)
     if recipe.scope is not None or recipe.ignore:
         structure = structure.restricted(g.name for g in _in_scope(structure.groups, recipe))
     if not structure.groups:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+from secateurs.report.inspection import Inspection
 from tests.cli.running import run, run_json
 
 NET = ("inspect", "things:net", "--input", "1,1,8,8")
@@ -20,7 +22,9 @@ def test_groups_by_hand(workplace: Path) -> None:
     assert set(first["along"]) >= {"0.bias", "1.weight", "1.bias", "1.running_mean", "3.weight"}
     assert second["params_per_unit"] == 8 * 9 + 1 + 4
     assert second["macs_per_unit"] == 64 * 8 * 9 + 4
-    assert first["time"] is None
+    assert first["bytes_per_unit"] == 4 * (9 + 1 + 2 + 2 + 16 * 9)
+    assert (first["makers"], first["passing"], first["readers"]) == (["0"], ["1"], ["3"])
+    assert (first["time"], first["measured"]) == (None, None)
     assert found["macs"] == 64 * 9 * 8 + 64 * 8 * 9 * 16 + 16 * 4
 
 
@@ -28,16 +32,28 @@ def test_what_stays_is_named_with_its_reason(workplace: Path) -> None:
     found = run_json(*NET)
     assert found["frozen"] == [{"tensor": "7.weight", "axis": 0, "size": 4, "reason": "an axis of the model's output"}]
     shown = run(*NET).out
-    assert "7.weight (4): an axis of the model's output" in shown
+    assert "1 width, 7.weight (4): it is an axis of the model's output, on which others rely" in shown
     assert "2 groups of units can be pruned" in shown
-    assert re.search(r"^ 0 .* 1, 3 *$", shown, flags=re.MULTILINE)
+    assert re.search(r"^ 0 .* made by 0; passed on by 1; read by 3 *$", shown, flags=re.MULTILINE)
 
 
-def test_times_are_shares(workplace: Path) -> None:
-    found = run_json(*NET, "--time")
-    shares = [group["time"] for group in found["groups"]]
-    assert all(0 < share < 1 for share in shares)
-    assert "time" in run(*NET, "--time").out
+def test_times_are_shares_and_what_a_unit_costs(workplace: Path) -> None:
+    ran = run(*NET, "--time", "--json")
+    groups = json.loads(ran.out)["groups"]
+    assert all(0 < group["time"] < 1 for group in groups)
+    assert [group["measured"]["removed"] for group in groups] == [4, 8]
+    assert "measuring every group" in ran.err
+    assert "time a unit" in run(*NET, "--time").out
+
+
+def test_the_drawing(workplace: Path) -> None:
+    ran = run(*NET, "--html", "groups.html")
+    assert ran.out.splitlines()[-1] == "page: groups.html"
+    assert "Shared widths" in Path("groups.html").read_text(encoding="utf-8")
+    found = run_json(*NET, "--html", "again/groups.html")
+    assert found.pop("page") == str(Path("again/groups.html"))
+    assert Path("again/groups.html").is_file()
+    assert Inspection.from_dict(found).to_dict() == found == run_json(*NET)
 
 
 def test_weights(workplace: Path) -> None:

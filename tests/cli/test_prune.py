@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
+from onnx import helper, numpy_helper
 
 import secateurs as sec
 from secateurs.cli import prune as command
 from tests.cli.running import Ran, run, run_json
+from tests.onnx.samples import Case, f, single
 
 SHORT = ("--budget", "macs<=50%", "--out", "smaller", "--input", "2,1,8,8", "--no-measure")
 
@@ -40,6 +43,25 @@ def test_a_cut_model_is_saved_with_plan_and_report(pruned: Ran, workplace: Path)
     assert not Path("smaller.work").exists()
     assert "macs<=50% asked" in pruned.out
     assert "page: smaller/report.html" in pruned.out
+
+
+def test_an_onnx_file_is_pruned_to_one(workplace: Path) -> None:
+    model, _ = single(Case("Conv", [f(2, 3, 6, 6), f(8, 3, 3, 3, seed=1)], {}, [1]))
+    grown = helper.make_node("Conv", ["y0", "more"], ["y"])
+    model.graph.node.append(grown)
+    model.graph.initializer.append(numpy_helper.from_array(f(4, 8, 3, 3, seed=2), "more"))
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", 1, [2, 4, 2, 2]))
+    onnx.save(model, "net.onnx")
+    ran = run("prune", "net.onnx", "--budget", "macs<=50%", "--out", "smaller", "--no-measure", "--export", "onnx")
+    assert ran.code == 0, ran.err
+    assert "ONNX: smaller/model.onnx" in ran.out
+    assert Path("smaller/model.onnx").read_bytes() == Path("smaller.onnx").read_bytes()
+    shapes = [list(t.dims) for t in onnx.load("smaller/model.onnx").graph.initializer]
+    assert shapes == [[4, 3, 3, 3], [4, 4, 3, 3]]
+    loaded = sec.load("smaller").model
+    assert [list(p.shape) for p in loaded.parameters()] == shapes
+    assert run("prune", "smaller", "--budget", "macs<=50%", "--out", "tiny", "--no-measure").code == 0
+    assert Path("tiny/model.onnx").is_file()
 
 
 def test_the_run_is_told_beside_the_result(pruned: Ran) -> None:
@@ -189,7 +211,7 @@ def test_wrong_options_are_refused(workplace: Path, words: tuple[str, ...], sent
 @pytest.mark.parametrize(
     ("model", "sentence"),
     [
-        ("net.onnx", "net.onnx: ONNX files are not read yet; give the PyTorch model, as module:factory."),
+        ("net.onnx", "there is no file net.onnx."),
         ("./missing", "there is no folder './missing'; a MODEL is timm/NAME"),
         ("things.py", "things.py is a file; a MODEL is timm/NAME"),
         ("things:broken", "things:broken failed with RuntimeError: no luck today"),

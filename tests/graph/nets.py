@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateurs.core.batch import call, leaves
+from secateurs.graph.compact import on_kept
 from secateurs.graph.cut import cut, mask, prove
 from secateurs.graph.structure import Structure, infer
 from secateurs.measure.macs import macs
@@ -34,6 +35,7 @@ __all__ = [
     "Loop",
     "Lstm",
     "Picky",
+    "PreNorm",
     "ResNet20",
     "SelfShared",
     "ShuffleUnit",
@@ -83,7 +85,7 @@ def check(model: nn.Module, inputs: Any, *, seeds: int = 2, structure: Structure
     for seed in range(seeds):
         keep = random_keep(structure, seed)
         smaller = cut(model, structure, keep)
-        prove(mask(model, structure.groups, keep), smaller, inputs)
+        prove(mask(model, structure.groups, keep), smaller, inputs, on_kept(structure, keep))
         counts = {name: int(m.sum()) for name, m in keep.items()}
         left = sum(p.numel() for p in smaller.parameters())
         assert structure.costs.total("params", counts) == left

@@ -685,7 +685,7 @@ def test_entangled_widths_are_cut_and_proven(name: str) -> None:
     assert structure.doubted
     keep = {g.name: torch.arange(g.size) % 3 != 1 for g in structure.groups}
     smaller, masked = cut(model, structure, keep), mask(model, structure.groups, keep)
-    assert prove(masked, smaller, inputs, on_kept(structure.doubted, keep)) < 1e-5
+    assert prove(masked, smaller, inputs, on_kept(structure, keep)) < 1e-5
     with pytest.raises(ProofError):
         prove(masked, smaller, inputs)
 

@@ -91,7 +91,7 @@ def test_what_a_batch_says_of_the_inputs() -> None:
         ("~/x", FileError, "there is no folder '~/x'"),
         ("a/b/c", FileError, "there is no folder 'a/b/c'"),
         ("", FileError, "there is no folder ''"),
-        ("model.onnx", OptionError, "model.onnx: ONNX files are not read yet"),
+        ("model.onnx", FileError, "there is no file model.onnx."),
     ],
 )
 def test_what_is_no_model(tmp_path: Path, spec: str, kind: type[Exception], sentence: str) -> None:

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from itertools import pairwise
 
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
-INLINE = {"a", "b", "code", "i", "span", "strong", "wbr"}
+INLINE = {"a", "b", "code", "i", "span", "strong", "tspan", "wbr"}
 LOADING = {"src", "srcset", "poster", "data", "action", "formaction", "background", "xlink:href"}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from enum import Enum
 from inspect import signature
@@ -117,6 +117,7 @@ def prune(
     """
     with session(**vars(output), threads=opening.threads) as talk:
         from .. import pruning
+        from ..integrations.onnx import files_of
         from . import _work
 
         given = context.params
@@ -153,10 +154,12 @@ def prune(
                 talk.say(f"note: what is done so far is kept in {work}; --resume goes on from there.")
             raise
         made.report = replace(made.report, command=_command(context))
-        made.save(place)
+        graph = files_of(made.model, source.example_inputs)
+        made.save(place, extra=graph)
         files = {
             "model": str(place),
             "page": str(place / "report.html"),
+            **({"ONNX": str(place / "model.onnx")} if graph else {}),
             **_exported(made, source, place, export or []),
         }
         _work.close(work)
@@ -293,8 +296,12 @@ def _sweep(sensitivity: bool, budgets: list[str]) -> dict[str, Any]:
 def _exported(made: Pruned, source: LoadedModel, place: Path, wanted: list[Export]) -> dict[str, str]:
     """The files written beside the folder, by their kind."""
     from ..deploy import export_onnx, export_program
+    from ..integrations.onnx import write_verified
+    from ..onnx import OnnxModule
 
-    writers = {Export.onnx: (export_onnx, ".onnx"), Export.program: (export_program, ".pt2")}
+    to_onnx = write_verified if isinstance(made.model, OnnxModule) else export_onnx
+    writers: dict[Export, tuple[Callable[..., Path], str]]
+    writers = {Export.onnx: (to_onnx, ".onnx"), Export.program: (export_program, ".pt2")}
     files = {}
     for kind in dict.fromkeys(wanted):
         write, suffix = writers[kind]

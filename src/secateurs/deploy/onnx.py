@@ -6,7 +6,6 @@ import importlib
 import itertools
 import warnings
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..core.batch import leaves
-from ..core.errors import MissingExtraError, OptionError
+from ..core.errors import MissingExtraError, ModelError, OptionError
 from ..core.folder import replace_file
 from .agreement import agree_on, arguments, exported, exporting
 
-__all__ = ["export_onnx"]
+__all__ = ["export_onnx", "verify_onnx"]
 
 # A protobuf file ends at 2 GiB; weights beyond that go into a second file beside it.
 _ONE_FILE = 1_900_000_000
@@ -54,7 +53,7 @@ def export_onnx(
     >>> export_onnx(nn.Linear(4, 2).eval(), torch.ones(3, 4), "pruned.onnx").name
     'pruned.onnx'
     """
-    runtime = _needed(check)
+    _needed(check)
     place = Path(path)
     with exporting(model):
         if check:
@@ -64,21 +63,59 @@ def export_onnx(
         def write(fresh: Path) -> None:
             program.save(fresh, external_data=_size(model) > _ONE_FILE)
             if check:
-                session = runtime.InferenceSession(str(fresh), providers=["CPUExecutionProvider"])
-                agree_on(model, partial(_run, session), example_inputs, dynamic_batch, "the ONNX file", tolerance)
+                verify_onnx(fresh, model, example_inputs, dynamic_batch=dynamic_batch, tolerance=tolerance)
 
         replace_file(place, write)
     return place
 
 
-def _needed(check: bool) -> Any:
-    """onnxruntime, None without a check; the exporter's own packages are there as well."""
-    for name in ("onnx", "onnxscript", *(["onnxruntime"] if check else [])):
+def verify_onnx(
+    path: str | Path,
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    dynamic_batch: bool = False,
+    tolerance: float | None = None,
+) -> None:
+    """Returns if onnxruntime makes of the file what the model gives.
+
+    Args:
+        path: of the file.
+        model: run in evaluation mode; it is left as it was.
+        example_inputs, dynamic_batch, tolerance: as in `export_onnx`.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        ModelError: onnxruntime does not run the file.
+        ProofError: the file and the model disagree.
+    """
+    runtime = _package("onnxruntime")
+    options = runtime.SessionOptions()
+    # Its warnings are about the file's history, which is not the caller's business.
+    options.log_severity_level = 3
+
+    def run(inputs: Any) -> list[Tensor]:
         try:
-            found = importlib.import_module(name)
-        except ImportError as error:
-            raise MissingExtraError(name, "onnx") from error
-    return found if check else None
+            session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            return _run(session, inputs)
+        except Exception as error:
+            raise ModelError(f"onnxruntime cannot run {Path(path).name}: {error}") from error
+
+    with exporting(model):
+        agree_on(model, run, example_inputs, dynamic_batch, "the ONNX file", tolerance)
+
+
+def _needed(check: bool) -> None:
+    """The exporter's own packages are there, and for a check onnxruntime."""
+    for name in ("onnx", "onnxscript", *(["onnxruntime"] if check else [])):
+        _package(name)
+
+
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingExtraError(name, "onnx") from error
 
 
 def _refuse_bfloat16(model: nn.Module, example_inputs: Any) -> None:

@@ -5,6 +5,8 @@ the constructor, which loading does not call; and when they are first asked for 
 otherwise. The note is renewed on loading; the hooks are left out, and transformers hangs them again when needed.
 
 torch's weight norm hangs a translator for checkpoints of older releases, which stays when the norm has been removed.
+
+A traced forward of ours keeps in its attributes what it will call; that is judged before the model is handed out.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import sys
 from typing import Any
 
 from torch import nn
+
+from ..graph.traced import TracedForward
 
 __all__ = ["is_inert", "transient", "wake"]
 
@@ -36,7 +40,13 @@ def transient(module: nn.Module) -> frozenset[str]:
 
 
 def wake(module: nn.Module) -> None:
-    """Does for a loaded module what its constructor would have done outside of it."""
+    """Does for a loaded module what its constructor would have done outside of it.
+
+    Raises:
+        FileError: the module would call what a traced forward may not. The message is a fact; the caller adds the file.
+    """
+    if isinstance(module, TracedForward):
+        module.check()
     outputs = getattr(module, "_can_record_outputs", None)
     for home in _REGISTRY_HOMES if outputs is not None else ():
         registry = getattr(sys.modules.get(home), _REGISTRY, None)

@@ -17,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from ..core.dims import kept, size
+from .fallback import install
 from .run import tensors_in
+from .structure import Structure
 from .trace import Doubted, base_name, bound
 from .twin import attention_swaps, swap_attention
 
@@ -32,16 +34,17 @@ def as_is(model: nn.Module, module: Callable[[], str]) -> AbstractContextManager
     return nullcontext()
 
 
-def on_kept(doubted: Sequence[Doubted], keep: Mapping[str, Tensor]) -> Reference:
-    """A reference that runs the doubted ops on the units that `keep` (bool [units], by group) marks."""
-    ops = {(op.module, op.name, op.nth): op for op in doubted if _cut(op, keep)}
+def on_kept(structure: Structure, keep: Mapping[str, Tensor]) -> Reference:
+    """A reference that runs the doubted ops of `structure` on the units that `keep` (bool [units], by group) marks."""
+    ops = {(op.module, op.name, op.nth): op for op in structure.doubted if _cut(op, keep)}
     if not ops:
         return as_is
 
     @contextmanager
     def running(model: nn.Module, module: Callable[[], str]) -> Iterator[None]:
-        # The ops were named while PyTorch's own attention was replaced by its equal.
+        # The ops were named while PyTorch's own attention, and code in the way, were replaced by their equals.
         swap_attention(model, attention_swaps(model))
+        install(model, structure.recorded)
         with _OnKept(ops, keep, module):
             yield
 

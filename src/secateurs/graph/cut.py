@@ -16,6 +16,7 @@ from ..core.dims import kept
 from ..core.errors import PlanError, ProofError
 from ..core.units import Group
 from .compact import Reference, as_is
+from .fallback import install
 from .mend import apply_edits
 from .run import output_tensors, running
 from .structure import Structure, fingerprint
@@ -80,6 +81,7 @@ def cut(model: nn.Module, structure: Structure, keep: Mapping[str, Tensor]) -> n
     changed = [n for n, t in named_tensors(model) if n in sliced and sliced[n].shape != t.shape]
     inside = [p for p in attention_swaps(model) if any(n.startswith(f"{p}." if p else "") for n in changed)]
     swap_attention(smaller, inside)
+    install(smaller, structure.recorded)
     apply_edits(smaller, structure.edits, counts)
     return smaller
 

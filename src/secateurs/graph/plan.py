@@ -89,7 +89,7 @@ class ModelPlan(Plan):
             )
         smaller = cut(model, self.structure, self.keep)
         masked = mask(model, self.groups, self.keep)
-        return smaller, prove(masked, smaller, self.example_inputs, on_kept(self.structure.doubted, self.keep))
+        return smaller, prove(masked, smaller, self.example_inputs, on_kept(self.structure, self.keep))
 
     def check(self, model: nn.Module, values: bool = False) -> None:
         """Refuse a model that the plan was not made for.

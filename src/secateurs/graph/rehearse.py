@@ -31,12 +31,16 @@ _CALL = 6
 _Found = list[tuple[Trace, Misses]]
 
 
-def rehearse(model: nn.Module, example_inputs: Any, traces: Sequence[Trace]) -> None:
+def rehearse(model: nn.Module, example_inputs: Any, traces: Sequence[Trace]) -> frozenset[str]:
     """Completes `edits` of the traces and freezes, in their solver, the groups that no cut can reach through Python.
 
     Args:
         traces: of runs of the model that share their types.
+
+    Returns:
+        the paths of the modules whose code stood in the way.
     """
+    blamed: set[str] = set()
     tried: dict[str, list[Dim]] = {}
     edits = traces[0].edits
 
@@ -48,16 +52,21 @@ def rehearse(model: nn.Module, example_inputs: Any, traces: Sequence[Trace]) -> 
         edits.update(_head_counts(model, trace))
     for _ in range(_ROUNDS):
         if not (found := run()):
-            return
+            return frozenset(blamed)
         proposals: dict[str, Dim] = {}
         for trace, misses in found:
             proposals.update(_proposals(model, trace, misses, tried))
         if proposals:
             edits.update(_needed(proposals, edits, run))
+        elif ties := _ties(model, found):
+            for one, other, why in ties:
+                traces[0].solver.unify(one, other, why)
         else:
+            blamed |= _blamed(found)
             _give_up_all(found, tried)
     while (found := run()) and _give_up_all(found, {}):
-        pass
+        blamed |= _blamed(found)
+    return frozenset(blamed)
 
 
 def _needed(proposals: dict[str, Dim], edits: dict[str, Dim], run: Callable[[], _Found]) -> dict[str, Dim]:
@@ -94,6 +103,11 @@ def _needed(proposals: dict[str, Dim], edits: dict[str, Dim], run: Callable[[], 
 
 def _attribute(key: str) -> str:
     return key.rpartition(".")[2]
+
+
+def _blamed(found: _Found) -> set[str]:
+    ops = {trace.ops[number].module for trace, misses in found for number in misses.missed}
+    return ops | {path for _, misses in found for _, path, _ in misses.stops}
 
 
 def _give_up_all(found: _Found, tried: dict[str, list[Dim]]) -> bool:
@@ -170,9 +184,12 @@ def _proposals(model: nn.Module, trace: Trace, misses: Misses, tried: dict[str, 
     proposals: dict[str, Dim] = {}
     for number in misses.shapes:
         record = trace.ops[number]
-        changed = _changed(trace, record)
-        wanted = [d for d in changed if size(d) in record.ints]
-        proposals.update(_attributes(model, record.module, wanted, tried))
+        placed = _placed_numbers(model, record, trace.solver.resolve)
+        new = {key: dim for key, dim in placed.items() if dim not in tried.setdefault(key, [])}
+        for key, dim in new.items():
+            tried[key].append(dim)
+        wanted = [d for d in _changed(trace, record) if size(d) in record.ints]
+        proposals.update(new if placed else _attributes(model, record.module, wanted, tried))
     for number, path, _ in misses.stops:
         if any(trace.ops[missed].module == path for missed in misses.shapes):
             continue
@@ -183,18 +200,41 @@ def _proposals(model: nn.Module, trace: Trace, misses: Misses, tried: dict[str, 
     return proposals
 
 
+def _placed_numbers(model: nn.Module, record: OpRecord, resolve: Callable[[Dim], Dim]) -> dict[str, Dim]:
+    """For a recorded call, its integers whose place in the call says what they equal."""
+    numbers = getattr(model.get_submodule(record.module), "numbers", ())
+    if not record.slots or numbers != record.ints[: len(numbers)]:
+        return {}
+    return {f"{record.module}.numbers[{i}]": resolve(dim) for i, dim in record.slots.items() if i < len(numbers)}
+
+
+def _ties(model: nn.Module, found: _Found) -> list[tuple[Dim, Dim, str]]:
+    """Dimensions that one attribute already follows, and others that it would have to follow as well."""
+    ties: list[tuple[Dim, Dim, str]] = []
+    for trace, misses in found:
+        for record in (trace.ops[number] for number in misses.shapes):
+            for dim in (d for d in _changed(trace, record) if size(d) in record.ints):
+                for key in _holding(model, record.module, size(dim)):
+                    other = trace.solver.resolve(trace.edits.get(key, dim))
+                    ties += [(other, dim, f"{key} holds both")] if other != dim else []
+    return ties
+
+
+def _holding(model: nn.Module, path: str, value: int) -> list[str]:
+    """The attributes with an integer, of the module or of the nearest around it that has one."""
+    for holder in _chain(path):
+        if names := matching_attributes(model.get_submodule(holder), value):
+            return [f"{holder}.{name}" if holder else name for name in names]
+    return []
+
+
 def _attributes(model: nn.Module, path: str, wanted: list[Dim], tried: dict[str, list[Dim]]) -> dict[str, Dim]:
     found: dict[str, Dim] = {}
     for dim in wanted:
-        for holder in _chain(path):
-            names = matching_attributes(model.get_submodule(holder), size(dim))
-            for name in names:
-                key = f"{holder}.{name}" if holder else name
-                if dim not in tried.setdefault(key, []) and key not in found:
-                    tried[key].append(dim)
-                    found[key] = dim
-            if names:
-                break
+        for key in _holding(model, path, size(dim)):
+            if dim not in tried.setdefault(key, []) and key not in found:
+                tried[key].append(dim)
+                found[key] = dim
     return found
 
 

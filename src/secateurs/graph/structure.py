@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -17,11 +17,12 @@ from ..core.dims import Atom, Concat, Dim, Fixed, Product, atoms, parse, size, s
 from ..core.errors import FileError, ModelError, unknown_name
 from ..core.units import ChannelGroup, Group, Member
 from . import rules as _rules  # noqa: F401  (registers the rules)
+from .fallback import install, recordings
 from .mend import holds, leaf_edits
 from .rehearse import rehearse
 from .run import output_tensors, place, running
 from .trace import DECISIVE, Doubted, Trace, Tracer
-from .twin import meta_twin, named_tensors, set_mode, shared_twin
+from .twin import meta_twin, named_tensors, set_mode, shared_twin, twin
 
 __all__ = ["DEFAULT_KINDS", "KINDS", "Frozen", "Structure", "fingerprint", "infer"]
 
@@ -60,6 +61,7 @@ class Structure:
         unknown: ops without a rule and a module that calls each.
         fingerprint: of the model's tensor names and shapes.
         doubted: the ops that a proof runs on what is kept, since zeroing is not removing there.
+        recorded: for modules that a cut replaces by a recording of their code, by path: see `traced.TracedForward`.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -70,6 +72,7 @@ class Structure:
     unknown: Mapping[str, str]
     fingerprint: str
     doubted: tuple[Doubted, ...] = ()
+    recorded: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -114,6 +117,7 @@ class Structure:
         return {
             "fingerprint": self.fingerprint,
             "doubted": [_doubted_to_list(op) for op in short.doubted],
+            "recorded": dict(self.recorded),
             "groups": [_group_to_dict(g) for g in short.groups],
             "tensors": {name: [str(d) for d in dims] for name, dims in short.tensors.items()},
             "edits": {key: str(dim) for key, dim in short.edits.items()},
@@ -140,6 +144,7 @@ class Structure:
                 unknown=dict(data["unknown"]),
                 fingerprint=data["fingerprint"],
                 doubted=tuple(_doubted_from_list(op, sizes) for op in data.get("doubted", ())),
+                recorded=data.get("recorded", {}),
             )
             return short._with(long_names(short.groups))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -231,6 +236,19 @@ def infer(
     return structure
 
 
+def _inferred(model: nn.Module, example_inputs: Any, wanted: frozenset[str], entangled: bool) -> Structure:
+    """What can go as the model's code is or, if more can, with the modules that stood in the way recorded."""
+    as_is, blamed, real = _inferred_once(model, example_inputs, wanted, entangled)
+    documents = recordings(model, example_inputs, blamed, real=real) if blamed else {}
+    if not documents:
+        return as_is
+    copy = install(twin(model, {name: tensor.detach() for name, tensor in named_tensors(model)}), documents)
+    recorded, _, _ = _inferred_once(copy, example_inputs, wanted, entangled)
+    if (_reach(recorded), sum(recorded.sizes.values())) <= (_reach(as_is), sum(as_is.sizes.values())):
+        return as_is
+    return replace(recorded, recorded=documents)
+
+
 def _reach(structure: Structure) -> float:
     """Of all parameters those in a tensor along which something can go."""
     tensors = structure.costs.metrics["params"]
@@ -239,7 +257,10 @@ def _reach(structure: Structure) -> float:
     return sum(reached) / max(sum(entries), 1)
 
 
-def _inferred(model: nn.Module, example_inputs: Any, wanted: frozenset[str], entangled: bool) -> Structure:
+def _inferred_once(
+    model: nn.Module, example_inputs: Any, wanted: frozenset[str], entangled: bool
+) -> tuple[Structure, frozenset[str], bool]:
+    """What can go, the modules whose code stands in the way, and whether the trace was on real tensors."""
     traces = trace_model(model, example_inputs)
     trace = traces[0]
     _freeze_unseen(model, trace)
@@ -248,8 +269,8 @@ def _inferred(model: nn.Module, example_inputs: Any, wanted: frozenset[str], ent
     for key in [key for key, dim in trace.edits.items() if not holds(model, key, size(dim))]:
         del trace.edits[key]
     trace.edits.update(leaf_edits(model, {n: k.dims for n, k in trace.params.items()}, trace.edits))
-    rehearse(model, example_inputs, traces)
-    return _reify(model, trace, kind_of)
+    blamed = rehearse(model, example_inputs, traces)
+    return _reify(model, trace, kind_of), blamed, trace.real
 
 
 def trace_model(model: nn.Module, example_inputs: Any) -> list[Trace]:

@@ -26,10 +26,10 @@ import torch
 
 from ..core.errors import FileError, ModelError
 
-__all__ = ["CONSTANTS", "Build", "built", "described", "fitted", "mapped", "record_class", "tag_of"]
+__all__ = ["Build", "built", "check", "described", "fitted", "mapped", "tag_of"]
 
 # Singletons that are attributes of `torch`, by their tags.
-CONSTANTS = {"$dtype": torch.dtype, "$memory_format": torch.memory_format, "$layout": torch.layout}
+_CONSTANTS = {"$dtype": torch.dtype, "$memory_format": torch.memory_format, "$layout": torch.layout}
 
 Build = Callable[[Any], Any]
 
@@ -58,7 +58,7 @@ def described(value: Any, other: Callable[[Any], Any], integer: Callable[[int], 
         return {"$slice": [described(v, other, integer) for v in (value.start, value.stop, value.step)]}
     if value is Ellipsis:
         return {"$ellipsis": True}
-    for tag, kind in CONSTANTS.items():
+    for tag, kind in _CONSTANTS.items():
         if isinstance(value, kind):
             return {tag: str(value).removeprefix("torch.")}
     fields = _fields(value)
@@ -85,32 +85,32 @@ def _fields(value: Any) -> dict[str, Any] | None:
     return None
 
 
-def record_class(name: str) -> Any:
+def _record_class(name: str) -> Any:
     """The class of records of that name. Nothing is imported, so that a file cannot have code imported.
 
     Raises:
         FileError: its module was not imported, or it is no named tuple, dataclass or ordered dict.
     """
-    module, _, qualname = str(name).partition(":")
+    module, _, qualname = name.partition(":")
     found: Any = sys.modules.get(module)
     for part in qualname.split("."):
         found = vars(found).get(part) if found is not None else None
         if not isinstance(found, type):
             raise FileError(f"the class {name!r} of an output is not known here; import {module!r} first")
-    if (issubclass(found, tuple) and hasattr(found, "_fields")) or issubclass(found, collections.OrderedDict):
-        return found
-    if dataclasses.is_dataclass(found):
+    named = issubclass(found, tuple) and hasattr(found, "_fields")
+    if named or found is collections.OrderedDict or dataclasses.is_dataclass(found):
         return found
     raise FileError(f"{name!r} is no class of records: a named tuple, a dataclass or an ordered dict is allowed")
 
 
 def _record(name: str, fields: Mapping[str, Any]) -> Any:
-    cls = record_class(name)
+    cls: Any = _record_class(name)
     if issubclass(cls, tuple):
         return tuple.__new__(cls, fields.values())
     if issubclass(cls, collections.OrderedDict):
-        return cls(**fields) if dataclasses.is_dataclass(cls) else cls(fields)
-    made = object.__new__(cls)
+        # A model output takes keywords, an ordered dict takes pairs.
+        return cls(**fields) if hasattr(cls, "__dataclass_fields__") else cls(fields)
+    made: Any = object.__new__(cls)
     for key, value in fields.items():
         object.__setattr__(made, key, value)
     return made
@@ -141,9 +141,69 @@ def built(node: Any, read: Mapping[str, Build]) -> Any:
         return float(node["$float"])
     if tag == "$ellipsis":
         return ...
-    if tag in CONSTANTS:
+    if tag in _CONSTANTS:
         return getattr(torch, node[tag])
     raise FileError(f"a value has the unknown form {sorted(node)}")
+
+
+def check(node: Any, integers: int, place: str) -> None:
+    """Refuse a node that no recording wrote.
+
+    Args:
+        integers: how many numbers the step has.
+
+    Raises:
+        FileError: at `place` stands something that is malformed or not allowed.
+    """
+    if isinstance(node, list):
+        inner = node
+    elif not isinstance(node, dict):
+        inner = []
+    elif tag_of(node) in ("$tuple", "$slice", "$training"):
+        inner = node[tag_of(node)]
+    elif tag_of(node) == "$dict":
+        inner = list(node["$dict"].values())
+    elif tag_of(node) == "$record":
+        _record_class(node["$record"])
+        inner = list(node["fields"].values())
+    else:
+        inner = []
+        content = node.get(tag_of(node))
+        if tag_of(node) not in _LEAVES or not _LEAVES[tag_of(node)](content, integers):
+            raise FileError(f"{place} has the unknown form {node!r}")
+    for each in inner:
+        check(each, integers, place)
+
+
+def _is_number(content: Any, integers: int) -> bool:
+    return type(content) is int and 0 <= content < integers
+
+
+def _is_constant(tag: str) -> Callable[[Any, int], bool]:
+    def rule(content: Any, _integers: int) -> bool:
+        follows = tag == "$dtype" and content == "input"
+        return follows or (isinstance(content, str) and isinstance(getattr(torch, content, None), _CONSTANTS[tag]))
+
+    return rule
+
+
+def _is_text(content: Any, _integers: int) -> bool:
+    return isinstance(content, str)
+
+
+def _is_share(content: Any, integers: int) -> bool:
+    times, per = content
+    counted = isinstance(times, dict) and tag_of(times) == "$number" and _is_number(times["$number"], integers)
+    return type(per) is int and per > 0 and (counted or type(times) is int)
+
+
+_LEAVES: dict[str, Callable[[Any, int], bool]] = {
+    **dict.fromkeys(("$value", "$tensor", "$ignored", "$device", "$float"), _is_text),
+    **{tag: _is_constant(tag) for tag in _CONSTANTS},
+    "$number": _is_number,
+    "$batch": _is_share,
+    "$ellipsis": lambda content, _: content is True,
+}
 
 
 def fitted(pattern: Any, value: Any, values: dict[str, Any], what: str) -> None:
@@ -163,22 +223,30 @@ def _fits(pattern: Any, value: Any, values: dict[str, Any]) -> bool:
     if isinstance(pattern, dict):
         tag = tag_of(pattern)
         if tag == "$value":
-            return values.setdefault(pattern["$value"], value) is value
+            return not isinstance(value, _PLAIN) and values.setdefault(pattern["$value"], value) is value
         if tag == "$ignored":
             return True
         if tag == "$tuple":
-            return isinstance(value, tuple) and _all_fit(pattern["$tuple"], list(value), values)
+            plain = isinstance(value, tuple) and not hasattr(value, "_fields")
+            return plain and _all_fit(pattern["$tuple"], list(value), values)
         if tag in ("$dict", "$record"):
-            inner, fields = pattern.get("fields", pattern.get("$dict")), _fields(value)
-            return (
-                fields is not None
-                and inner.keys() == fields.keys()
-                and _all_fit(list(inner.values()), [fields[k] for k in inner], values)
-            )
+            return _fields_fit(pattern, value, values)
         return bool(pattern == described(value, lambda _: None))
     if isinstance(pattern, list):
         return isinstance(value, list) and _all_fit(pattern, value, values)
     return type(pattern) is type(value) and bool(pattern == value)
+
+
+def _fields_fit(pattern: dict[str, Any], value: Any, values: dict[str, Any]) -> bool:
+    fields, inner = _fields(value), pattern.get("$dict", pattern.get("fields", {}))
+    name = None if type(value) is dict else _name(type(value))
+    if fields is None or pattern.get("$record") != name or inner.keys() != fields.keys():
+        return False
+    return _all_fit(list(inner.values()), [fields[key] for key in inner], values)
+
+
+# What has no name of its own, and so was a constant or a container if it was there.
+_PLAIN = (type(None), bool, int, float, str, list, tuple, dict)
 
 
 def _all_fit(patterns: list[Any], given: list[Any], values: dict[str, Any]) -> bool:

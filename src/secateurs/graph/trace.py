@@ -90,6 +90,7 @@ class OpRecord:
         inputs: the types of what went in.
         ints: the integers it was given, any of which may be a size.
         factors: the numbers that values were computed with.
+        slots: for integers that place positions and do not show in a shape, by their place in `ints`, what they equal.
     """
 
     name: str
@@ -99,6 +100,7 @@ class OpRecord:
     inputs: tuple[tuple[Dim, ...], ...]
     ints: tuple[int, ...]
     factors: tuple[float, ...]
+    slots: Mapping[int, Dim] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,7 @@ class Call:
     outputs: tuple[Tensor, ...]
     type_of: Callable[[Tensor], Type]
     doubts: list[tuple[Dim, str]] = field(default_factory=list)
+    slots: dict[int, Dim] = field(default_factory=dict)
 
     @property
     def why(self) -> str:
@@ -387,7 +390,8 @@ class Tracer(TorchDispatchMode):
         if call.name in UNRECORDED:
             return result
         ints, factors = numbers(func, arguments)
-        record = OpRecord(call.name, call.module, made, tuple(t.dtype for t in outputs), inputs, ints, factors)
+        dtypes = tuple(t.dtype for t in outputs)
+        record = OpRecord(call.name, call.module, made, dtypes, inputs, ints, factors, call.slots)
         self.trace.ops.append(record)
         return result
 

@@ -1,4 +1,4 @@
-"""Models by name: `timm/…`, `torchvision/…`, a Hugging Face name or folder, a folder of ours, or `module:factory`."""
+"""Models by name: `timm/…`, `torchvision/…`, Hugging Face, a folder of ours, an ONNX file, or `module:factory`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..core.batch import move, split
 from ..core.errors import FileError, MissingExtraError, ModelError, OptionError, unknown_name
 from ..deploy.store import load_model
+from ..onnx import example_inputs, read_onnx
 from ..pruning import load
 from ..recover.context import seeded
 from .functions import is_function, named
@@ -22,7 +23,7 @@ __all__ = ["ImageFormat", "LoadedModel", "TextFormat", "load_model_from", "rando
 
 _WHAT = (
     "a MODEL is timm/NAME, torchvision/NAME, the name or folder of a Hugging Face model, a folder that secateurs "
-    "saved, or module:factory"
+    "saved, an ONNX file, or module:factory"
 )
 
 
@@ -130,8 +131,8 @@ def load_model_from(
 
     Args:
         spec: "timm/NAME"; "torchvision/NAME"; a folder that secateurs saved; the folder or hub name of a transformers
-            model; or "module:factory", where the factory takes nothing and returns a model or (model, example inputs).
-            A factory's code runs; the current folder is searched for its module first.
+            model; an ONNX file; or "module:factory", where the factory takes nothing and returns a model or (model,
+            example inputs). A factory's code runs; the current folder is searched for its module first.
         random_weights: do not load pretrained weights (timm, torchvision, Hugging Face).
         batch: samples in the example inputs.
         shape: of the example input, with the batch; overrides what is known.
@@ -140,8 +141,8 @@ def load_model_from(
         trust_remote_code: run a hub model's own Python code.
 
     Raises:
-        OptionError: an unknown name, or one of no known form; ONNX files are not read yet.
-        FileError: a folder that holds no model.
+        OptionError: an unknown name, or one of no known form.
+        FileError: a folder that holds no model, or an ONNX file that cannot be read.
         ModelError: the weights cannot be fetched, or a factory fails.
         MissingExtraError: timm, torchvision or transformers is not installed.
     """
@@ -151,7 +152,7 @@ def load_model_from(
         elif spec.startswith("torchvision/"):
             loaded = _torchvision(spec.removeprefix("torchvision/"), random_weights)
         else:
-            loaded = _local(spec, trust, seed) or _hugging_face(spec, random_weights, trust_remote_code, batch)
+            loaded = _local(spec, trust, seed, batch) or _hugging_face(spec, random_weights, trust_remote_code, batch)
         if shape is not None:
             loaded = replace(loaded, example_inputs=_shaped(loaded, tuple(shape)), fixed=True)
         elif loaded.example_inputs is None and loaded.images is not None:
@@ -165,11 +166,11 @@ def random_images(wanted: ImageFormat, batch: int) -> Tensor:
     return torch.randn(batch, wanted.channels, *wanted.size)
 
 
-def _local(spec: str, trust: Sequence[str], seed: int) -> LoadedModel | None:
+def _local(spec: str, trust: Sequence[str], seed: int, batch: int) -> LoadedModel | None:
     """A model on this machine; None for the name of a model on a hub, or a folder of transformers."""
     place = Path(spec)
     if spec.endswith(".onnx"):
-        raise OptionError(f"{spec}: ONNX files are not read yet; give the PyTorch model, as module:factory.")
+        return _onnx(place, batch, seed)
     if not spec.strip() or (not place.exists() and (spec.startswith((".", "/", "~")) or spec.count("/") > 1)):
         raise FileError(f"there is no folder {spec!r}; {_WHAT}.")
     if (place / "model.json").is_file():
@@ -182,6 +183,16 @@ def _local(spec: str, trust: Sequence[str], seed: int) -> LoadedModel | None:
             "torch.load(…, weights_only=True)."
         )
     return _factory(spec, seed) if is_function(spec) and not place.exists() else None
+
+
+def _onnx(path: Path, batch: int, seed: int) -> LoadedModel:
+    module = read_onnx(path)
+    shapes = [one.shape for one in module.inputs if one.dtype.is_floating_point]
+    images = None
+    if len(module.inputs) == len(shapes) == 1 and len(shapes[0]) == 4:
+        channels, *size = (n if isinstance(n, int) else 0 for n in shapes[0][1:])
+        images = ImageFormat((size[0], size[1]), channels) if channels in (1, 3) and all(size) else None
+    return LoadedModel(module, path.name, example_inputs(module, batch, seed), images)
 
 
 def _saved(folder: Path, trust: Sequence[str]) -> LoadedModel:

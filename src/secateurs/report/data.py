@@ -29,6 +29,7 @@ __all__ = [
     "Scores",
     "Side",
     "Speedup",
+    "write",
 ]
 
 _FORMAT = "secateurs report"
@@ -323,7 +324,7 @@ class Report:
         """
         from .page import render
 
-        return _write(path, render(self))
+        return write(path, render(self))
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values, with a format and a version."""
@@ -353,7 +354,7 @@ class Report:
 
     def save(self, path: str | Path) -> Path:
         """The path to which the report was written as JSON."""
-        return _write(path, json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        return write(path, json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
@@ -379,7 +380,7 @@ def _open(node: Any) -> Any:
     return [_open(item) for item in node] if isinstance(node, tuple) else node
 
 
-def _write(path: str | Path, text: str) -> Path:
+def write(path: str | Path, text: str) -> Path:
     """The path, with `text` in it; the file before it is whole until then."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)

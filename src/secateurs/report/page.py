@@ -15,21 +15,22 @@ from .headline import headline
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-__all__ = ["FIRST", "render"]
+__all__ = ["FIRST", "MOST", "environment", "render"]
 
 # Lists stop at ten; the rest is folded away, and what is beyond a thousand is left to the report as a file.
 FIRST, MOST = 10, 1000
 _FILTERS = ("metric", "number", "plural", "shape", "share", "value")
-_WITH_UNITS = ("count", "duration")
+_WITH_UNITS = ("count", "duration", "file_size")
 
 
 def render(report: Report) -> str:
     """The page as text."""
-    return _environment().get_template("report.html").render(_view(report))
+    return environment().get_template("report.html").render(_view(report))
 
 
 @cache
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Templates with the filters of the house; built once."""
     # Imported when a page is drawn, so that reports as data cost nothing.
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -92,7 +93,8 @@ def _view(report: Report) -> dict[str, Any]:
         "bars": svg.bars,
         "scores": svg.scores,
     }
-    return {**view, "sections": _sections(view)}
+    sections = _sections(view)
+    return {**view, "sections": sections, "counts": dict.fromkeys(sections, 0) | {"warnings": len(report.warnings)}}
 
 
 def _sections(view: dict[str, Any]) -> dict[str, str]:

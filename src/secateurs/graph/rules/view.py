@@ -173,7 +173,7 @@ def select(call: Call) -> list[Type]:
 
 @rule("constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d")
 def pad(call: Call) -> Type:
-    """Positions added at the ends of the last axes; how many is a number in the code, so they are fixed."""
+    """Positions added at the ends of the last axes."""
     kind, rank = _one(call)
     amounts = list(call.args.get("pad") or call.args["padding"])
     dims = list(kind.dims)
@@ -184,7 +184,9 @@ def pad(call: Call) -> Type:
                 call.freeze([dims[axis]], f"padded from its own values: {call.why}")
                 dims[axis] = Fixed(size(dims[axis]) + low + high)
         else:
-            dims[axis] = concat(Fixed(low), dims[axis], Fixed(high))
+            before, after = call.free(low), call.free(high)
+            call.slots.update({2 * i: before, 2 * i + 1: after})
+            dims[axis] = concat(before, dims[axis], after)
     return Type(tuple(dims), kind.zero and not call.args.get("value"))
 
 

@@ -1,0 +1,222 @@
+"""What of a model can go, what goes along with it, what a unit costs, and what stays and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .core.units import ChannelGroup, Member, WeightGroup
+from .graph.cut import cut
+from .graph.structure import Frozen, Structure, infer
+from .measure.latency import compare, layer_times
+from .measure.params import LayerRow, bytes_in_memory, layer_table, parameters
+from .planning import Granularity
+from .report.data import FrozenWidth
+from .report.inspection import Inspection, ModelLayer, UnitGroup, UnitTime
+from .train.scope import prunable_weights
+
+__all__ = ["inspect", "unit_time"]
+
+# Where a layer says how many outputs it has.
+_WIDTHS = ("out_features", "out_channels", "embedding_dim")
+
+
+def inspect(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    granularity: str = "channel",
+    timed: bool = False,
+    seconds: float = 0.5,
+    name: str | None = None,
+) -> Inspection:
+    """What of `model` can go and what a unit of each group costs; nothing is changed.
+
+    Args:
+        model: any module whose forward runs on the example inputs.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keywords.
+        granularity: as in `plan`.
+        timed: whether to measure the share of each group's layers in the time, and what a unit costs in time
+            (`unit_time`); the latter not for single weights and blocks, whose zeros cost as much as other numbers.
+        seconds: to spend on each group's timed runs.
+        name: of the model, for people; by default that of its class.
+
+    Raises:
+        ModelError: the model does not run on the inputs, or holds no weight to prune.
+        OptionError: an unknown granularity.
+
+    >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> [(g.name, g.readers, g.params_per_unit) for g in inspect(net, torch.ones(1, 8)).groups]
+    [('0', ('2',), 13)]
+    """
+    unit = Granularity.parse(granularity)
+    called = type(model).__name__ if name is None else name
+    rows = layer_table(model, example_inputs)
+    shares = _shares(model, example_inputs) if timed else {}
+    if not unit.kinds:
+        return _of_weights(model, called, rows, unit.block, shares)
+    structure = infer(model, example_inputs, kinds=unit.kinds, entangled=unit.entangled)
+    spent = {g.name: unit_time(model, structure, g, example_inputs, seconds=seconds) for g in structure.groups if timed}
+    return _of_channels(model, called, rows, structure, shares, spent)
+
+
+def unit_time(
+    model: nn.Module, structure: Structure, group: ChannelGroup, example_inputs: Any, *, seconds: float = 0.5
+) -> UnitTime | None:
+    """What one unit of `group` costs in time: the model against itself with half of the group cut, by units cut.
+
+    Both run in turn, and the difference is taken within each round. None if the group has no half to cut.
+
+    Args:
+        structure: of `model`, with `group` in it.
+        seconds: to spend on timed runs of each of the two.
+    """
+    kept = -(-((group.size + 1) // 2) // group.multiple) * group.multiple
+    removed = group.size - kept
+    if removed < 1:
+        return None
+    keep = torch.arange(group.size) < kept
+    pair = {"whole": model, "half": cut(model, structure, {group.name: keep})}
+    found = compare(pair, example_inputs, seconds=seconds, warmup=2)
+    whole, faster = found["whole"].median, found["half"].speedup
+    if faster is None:
+        return None
+    median, p10, p90 = (whole * (1 - 1 / times) / removed for times in (faster.median, faster.p10, faster.p90))
+    return UnitTime(median, p10, p90, removed)
+
+
+def _shares(model: nn.Module, example_inputs: Any) -> dict[str, float]:
+    """The share of each layer in the time of all layers."""
+    seconds = layer_times(model, example_inputs)
+    return {name: taken / sum(seconds.values()) for name, taken in seconds.items()}
+
+
+def _of_channels(
+    model: nn.Module,
+    name: str,
+    rows: Iterable[LayerRow],
+    structure: Structure,
+    shares: Mapping[str, float],
+    spent: Mapping[str, UnitTime | None],
+) -> Inspection:
+    costs, none = structure.costs, {g.name: 0 for g in structure.groups}
+    whole = {metric: costs.total(metric) for metric in ("params", "macs", "bytes")}
+    made = {_layer_of(m.tensor) for g in structure.groups for m in g.members if m.role == "out"}
+    return Inspection(
+        model=name,
+        **whole,
+        groups=tuple(_group(model, g, structure, shares, spent.get(g.name)) for g in structure.groups),
+        layers=tuple(_layer(row, () if row.name in made else _why(model, row, structure.frozen)) for row in rows),
+        frozen=tuple(FrozenWidth(**vars(f)) for f in structure.frozen),
+        unknown=structure.unknown,
+        params_in_reach=_reach(whole["params"], costs.total("params", none)),
+        macs_in_reach=_reach(whole["macs"], costs.total("macs", none)),
+    )
+
+
+def _reach(whole: float, left: float) -> float:
+    return 1 - left / whole if whole else 0.0
+
+
+def _group(
+    model: nn.Module, group: ChannelGroup, structure: Structure, shares: Mapping[str, float], spent: UnitTime | None
+) -> UnitGroup:
+    chosen, *along = group.tensors
+    makers, passing, readers = _roles(model, group.members)
+    layers = {_layer_of(tensor) for tensor in group.tensors}
+    units = {m: structure.costs.unit(m, group.name, structure.sizes) for m in ("params", "macs", "bytes")}
+    return UnitGroup(
+        name=group.name,
+        kind=group.kind,
+        size=group.size,
+        tensor=chosen,
+        along=tuple(along),
+        makers=makers,
+        passing=passing,
+        readers=readers,
+        **{f"{metric}_per_unit": cost for metric, cost in units.items()},
+        multiple=group.multiple,
+        time=sum(share for layer, share in shares.items() if layer in layers) if shares else None,
+        measured=spent,
+    )
+
+
+def _roles(model: nn.Module, members: Iterable[Member]) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Layers that make the units, that pass them on, and that read them; a layer may do more than one of these."""
+    found: dict[str, set[str]] = {}
+    for member in members:
+        makes = member.rank > 1 and not _is_depthwise(model, member.tensor)
+        role = "reads" if member.role == "in" else "makes" if makes else "passes"
+        found.setdefault(_layer_of(member.tensor), set()).add(role)
+    return (
+        tuple(layer for layer, roles in found.items() if "makes" in roles),
+        tuple(layer for layer, roles in found.items() if roles == {"passes"}),
+        tuple(layer for layer, roles in found.items() if "reads" in roles),
+    )
+
+
+def _is_depthwise(model: nn.Module, tensor: str) -> bool:
+    module = model.get_submodule(_layer_of(tensor))
+    return 1 < getattr(module, "groups", 1) == getattr(module, "in_channels", 0)
+
+
+def _layer_of(tensor: str) -> str:
+    return tensor.rpartition(".")[0]
+
+
+def _layer(row: LayerRow, why: tuple[str, ...] = ()) -> ModelLayer:
+    return ModelLayer(row.name, row.type, row.weight_shape, row.params, row.macs, why)
+
+
+def _why(model: nn.Module, row: LayerRow, frozen: Iterable[Frozen]) -> tuple[str, ...]:
+    """Why the output width of a layer stays: widths of one size and one reason are listed where they are met first."""
+    found = [f for f in frozen if f.size == _width(model.get_submodule(row.name), row)]
+    own = [f for f in found if _layer_of(f.tensor) == row.name]
+    return tuple(dict.fromkeys(f.reason for f in own or found))
+
+
+def _width(module: nn.Module, row: LayerRow) -> int:
+    """Number of outputs of a layer; 0 if it has no weight."""
+    said = next((n for n in (getattr(module, width, None) for width in _WIDTHS) if isinstance(n, int)), None)
+    bias = getattr(module, "bias", None)
+    own = bias.numel() if isinstance(bias, Tensor) else next(iter(row.weight_shape), 0)
+    return own if said is None else said
+
+
+def _of_weights(
+    model: nn.Module, name: str, rows: tuple[LayerRow, ...], block: tuple[int, int], shares: Mapping[str, float]
+) -> Inspection:
+    weights = prunable_weights(model)
+    macs = {row.name: row.macs for row in rows}
+    groups = tuple(_weight(n, w, block, macs.get(_layer_of(n), 0.0), shares) for n, w in weights.items())
+    left_out = [(n, p) for n, p in model.named_parameters() if n not in weights]
+    params, total = parameters(model), sum(macs.values())
+    return Inspection(
+        model=name,
+        params=params,
+        macs=total,
+        bytes=bytes_in_memory(model),
+        groups=groups,
+        layers=tuple(_layer(row) for row in rows),
+        frozen=tuple(FrozenWidth(n, 0, p.numel(), "no weight of a layer") for n, p in left_out),
+        params_in_reach=_reach(params, sum(p.numel() for _, p in left_out)),
+        macs_in_reach=_reach(total, total - sum(macs.get(layer, 0.0) for layer in {_layer_of(n) for n in weights})),
+    )
+
+
+def _weight(name: str, weight: Tensor, block: tuple[int, int], macs: float, shares: Mapping[str, float]) -> UnitGroup:
+    """A zero is stored as any number is, so a unit costs no bytes."""
+    group, layer = WeightGroup(name, tuple(weight.shape), block), _layer_of(name)
+    return UnitGroup(
+        name=name,
+        kind=group.kind,
+        size=group.size,
+        tensor=name,
+        makers=(layer,),
+        params_per_unit=weight.numel() / group.size,
+        macs_per_unit=macs / group.size,
+        time=shares.get(layer, 0.0) if shares else None,
+    )
