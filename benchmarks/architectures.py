@@ -37,7 +37,7 @@ from secateurs.measure.params import parameters
 from tests.support.torchvision_shim import declare_missing_ops
 
 __all__ = [
-    "COLLECTIONS", "COVERED", "SKIPPED", "Entry", "TimeUp", "doubled", "entries", "error_text", "limited",
+    "COLLECTIONS", "COLUMNS", "COVERED", "SKIPPED", "Entry", "TimeUp", "doubled", "entries", "error_text", "limited", "named",
     "rows_on_file", "shapes", "training_trouble", "verdict",
 ]  # fmt: skip
 
@@ -310,6 +310,18 @@ def rows_on_file(name: str) -> dict[str, tuple[str, ...]]:
     return {line[0]: tuple(line) for line in json.loads(path.read_text(encoding="utf-8"))["rows"]}
 
 
+def named(every: Sequence[Entry], names: Sequence[str]) -> list[Entry]:
+    """Those of `every` that `names` match, all without names; of a timm model, its module is a name too.
+
+    Raises:
+        SystemExit: a name matches none.
+    """
+    own = {name for entry in every for name in (entry.name, *entry.name.split(": "))}
+    if missing := [name for name in names if name not in own]:
+        raise SystemExit(f"no model of this collection is called {' or '.join(missing)}.")
+    return [e for e in every if not names or {e.name, *e.name.split(": ")} & set(names)]
+
+
 def run(collection: str, names: Sequence[str]) -> None:
     """Runs a collection, or those of its models that `names` match, and records after each.
 
@@ -318,28 +330,28 @@ def run(collection: str, names: Sequence[str]) -> None:
     """
     every = entries(collection)
     order = [entry.name for entry in every]
-    chosen = [e for e in every if not names or {e.name, *e.name.split(": ")} & set(names)]
-    if not chosen:
-        raise SystemExit(f"no model of {collection} is called {' or '.join(names)}.")
+    chosen = named(every, names)
     rows = rows_on_file(f"architectures_{collection}")
     for entry in chosen:
         rows[entry.name] = row(entry)
         print(f"{entry.name}: {rows[entry.name][-1]} ({rows[entry.name][5] or '–'} s)", flush=True)
-        _save(collection, [rows[name] for name in order if name in rows], show=entry is chosen[-1])
+        _save(collection, [rows[name] for name in order if name in rows], len(order), show=entry is chosen[-1])
 
 
-def _save(collection: str, rows: Sequence[tuple[str, ...]], show: bool) -> None:
+def _save(collection: str, rows: Sequence[tuple[str, ...]], every: int, show: bool) -> None:
+    """Records `rows` of a collection of `every` models."""
     about = COLLECTIONS[collection]
-    run_ = [line for line in rows if not line[-1].startswith(SKIPPED)]
-    covered = sum(line[-1] == COVERED for line in run_)
-    skipped = f"; {len(rows) - len(run_)} skipped for their size" if len(run_) < len(rows) else ""
-    reached = holds(bool(run_) and covered >= about.goal * len(run_))
+    tried = [line for line in rows if not line[-1].startswith(SKIPPED)]
+    covered = sum(line[-1] == COVERED for line in tried)
+    skipped = f"; {len(rows) - len(tried)} skipped for their size" if len(tried) < len(rows) else ""
+    waiting = f"; {every - len(rows)} not run yet" if len(rows) < every else ""
+    reached = holds(bool(tried) and covered >= about.goal * len(tried))
     wanted = "all" if about.goal == 1 else f"at least {about.goal:.0%}"
     record(
         f"architectures_{collection}",
         system="core",
         claim=f"Without hints, half the units of {wanted} of {about.title} can be cut.",
-        held=f"Covered {covered} of {len(run_)}{skipped} ({reached}).",
+        held=f"Covered {covered} of {len(tried)}{skipped}{waiting} ({reached}).",
         columns=COLUMNS,
         rows=rows,
         data=about.data,

@@ -31,6 +31,7 @@ from benchmarks.architectures import (
     Entry,
     entries,
     error_text,
+    named,
     rows_on_file,
     shapes,
     training_trouble,
@@ -254,10 +255,10 @@ def run(collection: str, names: Sequence[str], limit: int) -> None:
         SystemExit: a name matches no model, or no rival is installed.
     """
     every = [e for e in entries(collection) if collection != "torchvision" or e.name in FAMILIES]
-    chosen = [e for e in every if not names or e.name in names]
+    chosen = named(every, names)
     installed = [c for c in WAYS if find_spec(WAYS[c][0])]
-    if not chosen or not installed:
-        raise SystemExit("no such model." if installed else "no rival is installed; see the module's docstring.")
+    if not installed:
+        raise SystemExit("no rival is installed; see the module's docstring.")
     rows = rows_on_file(f"rivals_{collection}")
     for entry in chosen:
         known = dict(zip(WAYS, rows.get(entry.name, ("",))[1:], strict=False))

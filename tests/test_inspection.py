@@ -214,3 +214,9 @@ def test_widths_under_a_norm_go_where_all_widths_are_asked_for() -> None:
     assert [group.name for group in every.groups] == ["0", "2"]
     assert every.groups[0].passing == ("1",)
     assert any("normalised over" in reason for reason in by_default.layers[0].stays)
+
+
+def test_a_model_without_values_is_inspected_as_one_with() -> None:
+    with torch.device("meta"):
+        empty = Separable()
+    assert inspect(empty, IMAGE) == inspect(Separable(), IMAGE)

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import secateurs.methods  # noqa: F401  (registers the catalogue)
+from benchmarks.architectures import COLLECTIONS, COLUMNS, COVERED, SKIPPED
 from secateurs.core.allocate import allocations
 from secateurs.core.catalogue import Method, catalogue
 from secateurs.criteria import criteria
@@ -19,6 +20,8 @@ from secateurs.criteria import criteria
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 RESULTS = ROOT / "benchmarks" / "results"
+# Results that have a page of their own.
+APART = ("architectures_", "rivals_")
 
 
 def pages() -> dict[Path, str]:
@@ -27,6 +30,7 @@ def pages() -> dict[Path, str]:
     found[DOCS / "systems" / "README.md"] = systems_index()
     found[DOCS / "criteria.md"] = criteria_page()
     found[DOCS / "evidence.md"] = evidence_page()
+    found[DOCS / "architectures.md"] = architectures_page()
     return found
 
 
@@ -135,12 +139,86 @@ def evidence_page() -> str:
         "",
         "Each table comes from the JSON that the command above it writes to `benchmarks/results/`. A claim that did",
         "not hold at this scale is listed as such. Accuracies are in per cent; ± is the sample standard deviation.",
+        "Which models can be cut is on [a page of its own](architectures.md).",
         "",
     ]
     body = [
-        line for result in results_on_file() for line in evidence_of(result, f"## {result['name'].replace('_', ' ')}")
+        line
+        for result in results_on_file()
+        if not result["name"].startswith(APART)
+        for line in evidence_of(result, f"## {result['name'].replace('_', ' ')}")
     ]
     return "\n".join([*head, *body]).rstrip() + "\n"
+
+
+_CALL = """# Architectures
+
+What comes of this call on each model, given nothing but the model and an example input: no head counts, no lists of
+layers to ignore.
+
+```python
+sec.prune(model, x, budget="sparsity=50%", granularity="channel", allocation="uniform")
+```
+
+Covered means: cut, proven equal to the masked model, outputs of the same shapes, at least 20% of the parameters gone,
+and a training step on a batch of two works. The last section says [what a model must be](#what-a-model-must-be).
+
+## In total
+"""
+
+
+def architectures_page() -> str:
+    """Which models can be cut without hints: totals, tables, what is not covered, others, and the contract."""
+    results = {result["name"]: result for result in results_on_file()}
+    own = {c: results[f"architectures_{c}"] for c in COLLECTIONS if f"architectures_{c}" in results}
+    others = {c: results[f"rivals_{c}"] for c in COLLECTIONS if f"rivals_{c}" in results}
+    missed = [(c, row[0], row[-1]) for c, result in own.items() for row in result["rows"] if row[-1] != COVERED]
+    lines = [
+        _CALL,
+        table(("models", "covered", "of", "share", "goal", "skipped", "seconds"), map(_total, own.items())),
+        "",
+        *_compared(own, others),
+        *(line for result in own.values() for line in evidence_of(result, f"## {_spelled(result)}")),
+        "## Not covered",
+        "",
+        table(("collection", "model", "reason"), missed) if missed else "Nothing that was run.",
+        "",
+        *(line for result in others.values() for line in evidence_of(result, f"## Others: {_spelled(result)}")),
+        (ROOT / "tools" / "contract.md").read_text(encoding="utf-8"),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _spelled(result: dict) -> str:
+    """The name of a result's collection."""
+    return result["name"].partition("_")[2].replace("huggingface", "Hugging Face")
+
+
+def _total(item: tuple[str, dict]) -> tuple:
+    """One collection's line: covered, run, share, goal, skipped, and seconds of all cuts."""
+    collection, result = item
+    tried = [row for row in result["rows"] if not row[-1].startswith(SKIPPED)]
+    covered = sum(row[-1] == COVERED for row in tried)
+    seconds = sum(float(row[COLUMNS.index("seconds")] or 0) for row in tried)
+    share = f"{covered / max(len(tried), 1):.1%}"
+    goal = f"{COLLECTIONS[collection].goal:.0%}"
+    return collection, covered, len(tried), share, goal, len(result["rows"]) - len(tried), f"{seconds:.0f}"
+
+
+def _compared(own: dict[str, dict], others: dict[str, dict]) -> list[str]:
+    """How many of the models that others were tried on each covers; only those that secateurs was run on, too."""
+    rows = []
+    columns: list[str] = []
+    for collection in [c for c in others if c in own]:
+        verdicts = {row[0]: row[-1] for row in own[collection]["rows"]}
+        tried = [row for row in others[collection]["rows"] if row[0] in verdicts]
+        columns = others[collection]["columns"][1:]
+        counts = [sum(row[i] == COVERED for row in tried) for i in range(1, len(columns) + 1)]
+        rows.append((collection, len(tried), sum(verdicts[row[0]] == COVERED for row in tried), *counts))
+    if not rows:
+        return []
+    said = "Covered by others, of the models that both were run on:"
+    return [said, "", table(("models", "of", "secateurs, no hints", *columns), rows), ""]
 
 
 def evidence_of(result: dict, heading: str) -> list[str]:

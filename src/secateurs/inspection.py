@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -54,13 +55,12 @@ def inspect(
     """
     unit = Granularity.parse(granularity)
     called = type(model).__name__ if name is None else name
-    rows = layer_table(model, example_inputs)
     shares = _shares(model, example_inputs) if timed else {}
     if not unit.kinds:
-        return _of_weights(model, called, rows, unit.block, shares)
+        return _of_weights(model, called, layer_table(model, example_inputs), unit.block, shares)
     structure = infer(model, example_inputs, kinds=unit.kinds, entangled=unit.entangled)
     spent = {g.name: unit_time(model, structure, g, example_inputs, seconds=seconds) for g in structure.groups if timed}
-    return _of_channels(model, called, rows, structure, shares, spent)
+    return _of_channels(model, called, _rows(model, example_inputs, structure), structure, shares, spent)
 
 
 def unit_time(
@@ -92,6 +92,22 @@ def _shares(model: nn.Module, example_inputs: Any) -> dict[str, float]:
     """The share of each layer in the time of all layers."""
     seconds = layer_times(model, example_inputs)
     return {name: taken / sum(seconds.values()) for name, taken in seconds.items()}
+
+
+def _rows(model: nn.Module, example_inputs: Any, structure: Structure) -> tuple[LayerRow, ...]:
+    """The layers in forward order; of a model without values, as they are declared, since its own code may not run."""
+    if not any(p.is_meta for p in model.parameters()):
+        return layer_table(model, example_inputs)
+    macs = structure.costs.by_source("macs")
+    own = {name: dict(module.named_parameters(recurse=False)) for name, module in model.named_modules()}
+    return tuple(
+        _declared(name, model.get_submodule(name), own[name], macs.get(name, 0.0)) for name in own if own[name]
+    )
+
+
+def _declared(name: str, module: nn.Module, own: Mapping[str, Tensor], macs: float) -> LayerRow:
+    shapes = [tuple(p.shape) for _, p in sorted(own.items(), key=lambda item: (item[0] != "weight", -item[1].dim()))]
+    return LayerRow(name, type(module).__name__, shapes[0], sum(map(math.prod, shapes)), None, macs, None)
 
 
 def _of_channels(

@@ -18,15 +18,15 @@ from secateurs.report.reasons import plain, stays
             "a norm runs over it: removing a unit is not the same as zeroing it",
         ),
         (
-            "removing differs from zeroing: ordered: sort in a",
-            "removing a unit would differ from zeroing it: ordered",
+            "removing differs from zeroing: turned: roll in a",
+            "removing a unit would differ from zeroing it: turned",
         ),
         ("tied to a fixed axis: indexed by data: index in a", "numbers that come with the data pick its positions"),
         ("tied to a fixed axis: rows of something", "it must be as long as an axis that stays"),
         ("_fft_r2c has no rule, in mixer", "there is no rule for the op _fft_r2c, so nothing it touches may go"),
         (
             "a head-size unit, and only channel, head were asked for",
-            "a head-size unit, and channel, head was asked for",
+            "its units are of the kind head-size, which was not asked for",
         ),
         ("as_strided in avgpool", "the op as_strided uses it in a way that no rule follows"),
         (

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 from ..core.batch import call, device_of, leaves
 from ..core.errors import ModelError
 from .recording import Arguments
-from .run import place, running
+from .run import Executing, place, running
 from .traced import TracedForward, traced_forward
 from .twin import meta_twin, shared_twin
 
@@ -27,7 +27,7 @@ def recordings(model: nn.Module, example_inputs: Any, paths: Iterable[str], *, r
         real: on real tensors instead of shapes only.
     """
     copy = shared_twin(model) if real else meta_twin(model)
-    wanted = [path for path in sorted(paths, key=len, reverse=True) if path or _is_plain(model)]
+    wanted = [path for path in sorted(paths, key=len, reverse=True) if _recordable(model, path)]
     inputs = place(example_inputs, device_of(model) if real else "meta")
     calls = _calls(copy, inputs, wanted)
     try:
@@ -37,9 +37,9 @@ def recordings(model: nn.Module, example_inputs: Any, paths: Iterable[str], *, r
     found: dict[str, dict[str, Any]] = {}
     for path in wanted:
         try:
-            found[path] = traced_forward(
-                copy.get_submodule(path), [*calls[path][:1], *more.get(path, [])[:1]]
-            ).to_dict()
+            with Executing():
+                seen = [*calls[path][:1], *more.get(path, [])[:1]]
+                found[path] = traced_forward(copy.get_submodule(path), seen).to_dict()
         except ModelError:
             continue
     return found
@@ -50,6 +50,13 @@ def install(model: nn.Module, documents: Mapping[str, Mapping[str, Any]]) -> nn.
     for path, document in documents.items():
         TracedForward.from_dict(model.get_submodule(path), document)
     return model
+
+
+def _recordable(model: nn.Module, path: str) -> bool:
+    """Whether it makes sense: not where every number is an attribute already, nor where more than a forward is lost."""
+    around = [model.get_submodule(path[:end]) for end in range(len(path) + 1) if end == len(path) or path[end] == "."]
+    known = any(getattr(module, "numbers_are_attributes", False) for module in (model, *around))
+    return not known and (bool(path) or _is_plain(model))
 
 
 def _is_plain(model: nn.Module) -> bool:
@@ -65,7 +72,7 @@ def _calls(model: nn.Module, inputs: Any, paths: Iterable[str]) -> dict[str, lis
         return lambda _module, args, kwargs: calls[path].append((args, kwargs))
 
     handles = [model.get_submodule(p).register_forward_pre_hook(noting(p), with_kwargs=True) for p in calls]
-    with running(model):
+    with running(model), Executing():
         call(model, inputs)
     for handle in handles:
         handle.remove()

@@ -8,7 +8,8 @@ to follow; where there is none, the groups involved are frozen, with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -72,37 +73,42 @@ def rehearse(model: nn.Module, example_inputs: Any, traces: Sequence[Trace]) -> 
 def _needed(proposals: dict[str, Dim], edits: dict[str, Dim], run: Callable[[], _Found]) -> dict[str, Dim]:
     """`proposals` without attributes that mend nothing: steps or a shift can equal a width by chance.
 
-    Doubted are only those that were proposed for the same dimension beside another; those of one name stand together.
+    Doubted are those of one module that were proposed for the same dimension. They are tried one after the other, in
+    all modules side by side, and taken where the module misses less; where none helps alone, all are.
     """
-    dims = list(proposals.values())
-    doubted = {key: dim for key, dim in proposals.items() if dims.count(dim) > 1}
-    names = list(dict.fromkeys(map(_attribute, doubted)))
-    if len(names) < 2:
-        return proposals
+    rivals = Counter((_holder(key), dim) for key, dim in proposals.items())
+    doubted: dict[str, list[str]] = {}
+    for key in (key for key, dim in proposals.items() if rivals[_holder(key), dim] > 1):
+        doubted.setdefault(_holder(key), []).append(key)
+    taken = [key for key in proposals if key not in doubted.get(_holder(key), ())]
     before = dict(edits)
 
-    def left(more: Mapping[str, Dim]) -> int:
-        edits.update(more)
-        missed = sum(len(misses) for _, misses in run())
+    def left(chosen: Iterable[str]) -> dict[str, int]:
+        edits.update({key: proposals[key] for key in chosen})
+        missed = _missed_in(run(), doubted)
         edits.clear()
         edits.update(before)
         return missed
 
-    chosen = {key: dim for key, dim in proposals.items() if key not in doubted}
-    fewest = start = left(chosen)
-    while names:
-        more = {n: {**chosen, **{k: d for k, d in doubted.items() if _attribute(k) == n}} for n in names}
-        missed = {n: left(more[n]) for n in names}
-        best = min(names, key=missed.__getitem__)
-        if missed[best] >= fewest:
-            break
-        chosen, fewest = more[best], missed[best]
-        names.remove(best)
-    return chosen if fewest < start else proposals
+    missed = left(taken) if doubted else {}
+    for turn in range(max(map(len, doubted.values()), default=0)):
+        guess = {holder: keys[turn] for holder, keys in doubted.items() if turn < len(keys) and missed[holder]}
+        now = left([*taken, *guess.values()]) if guess else {}
+        taken += [key for holder, key in guess.items() if now[holder] < missed[holder]]
+        missed |= {holder: min(missed[holder], now[holder]) for holder in guess}
+    helpless = [h for h, keys in doubted.items() if missed[h] and not set(keys) & set(taken)]
+    return {key: proposals[key] for key in [*taken, *(key for holder in helpless for key in doubted[holder])]}
 
 
-def _attribute(key: str) -> str:
-    return key.rpartition(".")[2]
+def _holder(key: str) -> str:
+    return key.rpartition(".")[0]
+
+
+def _missed_in(found: _Found, holders: Iterable[str]) -> dict[str, int]:
+    """How often each module, with those inside it, missed."""
+    paths = [trace.ops[number].module for trace, misses in found for number in misses.missed]
+    paths += [path for _, misses in found for _, path, _ in misses.stops]
+    return {h: sum(not h or p == h or p.startswith(f"{h}.") for p in paths) for h in holders}
 
 
 def _blamed(found: _Found) -> set[str]:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..core.batch import move
 
-__all__ = ["execute", "flat", "module_paths", "output_tensors", "place", "running", "tensors_in"]
+__all__ = ["Executing", "execute", "flat", "module_paths", "output_tensors", "place", "running", "tensors_in"]
 
 
 def flat(value: Any) -> Iterator[Any]:
@@ -94,6 +95,13 @@ def execute(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str
         return out if not out.is_floating_point() else func(*args, **kwargs)
     made = _SHORTCUTS[func.overloadpacket.__name__](*args) if on_meta and _has_shortcut(func, kwargs) else None
     return func(*args, **kwargs) if made is None else made
+
+
+class Executing(TorchDispatchMode):
+    """Runs every op by `execute`."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        return execute(func, args, kwargs or {})
 
 
 def _has_shortcut(func: torch._ops.OpOverload, kwargs: dict[str, Any]) -> bool:
