@@ -37,8 +37,8 @@ from secateurs.measure.params import parameters
 from tests.support.torchvision_shim import declare_missing_ops
 
 __all__ = [
-    "COLLECTIONS", "COLUMNS", "COVERED", "SKIPPED", "Entry", "TimeUp", "doubled", "entries", "error_text", "limited", "named",
-    "rows_on_file", "shapes", "training_trouble", "verdict",
+    "COLLECTIONS", "COLUMNS", "COVERED", "SKIPPED", "Entry", "TimeUp", "doubled", "entries", "error_text", "limited",
+    "named", "rows_on_file", "shapes", "training_trouble", "verdict",
 ]  # fmt: skip
 
 LIMIT, LARGEST, LEAST = 180, 400_000_000, 0.2

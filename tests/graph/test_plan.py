@@ -255,13 +255,24 @@ def test_example_inputs_of_another_shape_are_refused_with_the_shapes(granularity
         sec.plan(mlp(), drawn(2, 7), "macs<=50%", granularity=granularity)
 
 
+class Twice(nn.Module):
+    """A width that goes into a bilinear layer, which is not followed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.both = nn.Linear(5, 6), nn.Bilinear(6, 6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.both(self.up(x), self.up(x))
+
+
 def test_a_model_without_a_free_width_is_refused_with_the_reason() -> None:
     with pytest.raises(
         ModelError, match="nothing to prune in Linear at this granularity: an axis of the model's output"
     ):
         sec.plan(nn.Linear(5, 3), rows, "macs<=50%")
-    with pytest.raises(ModelError, match="a number in the code fixes its size: convolution in the model"):
-        sec.plan(nets.FunctionalConv(), images, "macs<=50%")
+    with pytest.raises(ModelError, match="_trilinear in both"):
+        sec.plan(Twice(), rows, "macs<=50%")
 
 
 def test_an_ignored_layer_keeps_its_weights_as_they_are() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from traceback import walk_tb
@@ -54,11 +55,10 @@ def follow(model: nn.Module, inputs: Any, trace: Trace, sized: Callable[[Dim], i
         sized: the size that the types predict for a dimension.
     """
     follower = _Follower(trace, sized)
-    if not trace.real:
-        for path, module in model.named_modules():
-            if path in trace.spans:
-                _guard(model, path, module, follower)
-    with running(model):
+    guarded = {} if trace.real else {p: m for p, m in model.named_modules() if p in trace.spans}
+    with running(model), ExitStack() as guards:
+        for path, module in guarded.items():
+            guards.enter_context(_guarded(model, path, module, follower))
         try:
             with follower:
                 call(model, inputs)
@@ -145,8 +145,9 @@ class _Follower(TorchDispatchMode):
         return tuple(made)
 
 
-def _guard(model: nn.Module, path: str, module: nn.Module, follower: _Follower) -> None:
-    """Give `module` a forward that skips what is known and survives a failure; for this copy only."""
+@contextmanager
+def _guarded(model: nn.Module, path: str, module: nn.Module, follower: _Follower) -> Iterator[None]:
+    """Inside, `module` has a forward that skips what is known and survives a failure."""
     forward, spans, known = module.forward, iter(follower.trace.spans[path]), _sizeless(module)
 
     @wraps(forward)
@@ -164,7 +165,14 @@ def _guard(model: nn.Module, path: str, module: nn.Module, follower: _Follower) 
             return follower.returned(span)
         return output
 
+    own = vars(module).get("forward")
     module.forward = guarded
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 # Modules of these files take every size that a cut can change from their tensors, or from integers that mend knows.

@@ -45,8 +45,10 @@ def rehearse(model: nn.Module, example_inputs: Any, traces: Sequence[Trace]) -> 
     tried: dict[str, list[Dim]] = {}
     edits = traces[0].edits
 
+    stages = [_Stage(model, example_inputs, trace) for trace in traces]
+
     def run() -> _Found:
-        found = [(trace, _run(model, example_inputs, trace)) for trace in traces]
+        found = [(stage.trace, stage.run()) for stage in stages]
         return [(trace, misses) for trace, misses in found if misses]
 
     for trace in traces:
@@ -128,17 +130,35 @@ def _counts(trace: Trace) -> dict[str, int]:
     return {name: n + steps.get(name, 1) * (1 + number % 11) for number, (name, n) in enumerate(live.items())}
 
 
-def _run(model: nn.Module, example_inputs: Any, trace: Trace) -> Misses:
-    counts = _counts(trace)
-    if not counts:
-        return Misses()
-    resolve = trace.solver.resolve
-    shapes = {n: torch.Size(size(resolve(d), counts) for d in k.dims) for n, k in trace.params.items()}
-    other = _grown(model, trace, counts) if trace.real else meta_twin(model, shapes)
-    set_mode(other, trace.training)
-    apply_edits(other, {k: resolve(d) for k, d in trace.edits.items()}, counts)
-    placed = place(example_inputs, device_of(model) if trace.real else "meta")
-    return follow(other, placed, trace, cache(lambda dim: size(resolve(dim), counts)))
+class _Stage:
+    """A copy of the model at larger sizes, kept for as long as the sizes stay: copying can take longer than a run."""
+
+    def __init__(self, model: nn.Module, example_inputs: Any, trace: Trace) -> None:
+        self.trace = trace
+        self._model = model
+        self._inputs = example_inputs
+        self._counts: dict[str, int] = {}
+        self._edited: dict[str, Dim] = {}
+        self._copy = model
+
+    def run(self) -> Misses:
+        """Where the copy, with the trace's edits as they are now, does not do what the types predict."""
+        trace, resolve, counts = self.trace, self.trace.solver.resolve, _counts(self.trace)
+        if not counts:
+            return Misses()
+        if counts != self._counts or trace.real:
+            self._copy, self._counts, self._edited = self._larger(counts), counts, {}
+        apply_edits(self._copy, self._edited, {})
+        self._edited = {key: resolve(dim) for key, dim in trace.edits.items()}
+        apply_edits(self._copy, self._edited, counts)
+        placed = place(self._inputs, device_of(self._model) if trace.real else "meta")
+        return follow(self._copy, placed, trace, cache(lambda dim: size(resolve(dim), counts)))
+
+    def _larger(self, counts: Mapping[str, int]) -> nn.Module:
+        trace, resolve = self.trace, self.trace.solver.resolve
+        shapes = {n: torch.Size(size(resolve(d), counts) for d in k.dims) for n, k in trace.params.items()}
+        copy = _grown(self._model, trace, counts) if trace.real else meta_twin(self._model, shapes)
+        return set_mode(copy, trace.training)
 
 
 def _grown(model: nn.Module, trace: Trace, counts: Mapping[str, int]) -> nn.Module:

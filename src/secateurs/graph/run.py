@@ -12,6 +12,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..core.batch import move
+from .shortcuts import shortcut
 
 __all__ = ["Executing", "execute", "flat", "module_paths", "output_tensors", "place", "running", "tensors_in"]
 
@@ -93,37 +94,18 @@ def execute(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str
     if not tensors and kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "meta":
         out = func(*args, **{**kwargs, "device": "cpu"})
         return out if not out.is_floating_point() else func(*args, **kwargs)
-    made = _SHORTCUTS[func.overloadpacket.__name__](*args) if on_meta and _has_shortcut(func, kwargs) else None
+    made = shortcut(func, args, kwargs) if on_meta else None
     return func(*args, **kwargs) if made is None else made
 
 
 class Executing(TorchDispatchMode):
     """Runs every op by `execute`."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # PyTorch leaves it unannotated
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         return execute(func, args, kwargs or {})
-
-
-def _has_shortcut(func: torch._ops.OpOverload, kwargs: dict[str, Any]) -> bool:
-    return not kwargs and func.overloadpacket.__name__ in _SHORTCUTS
-
-
-def _batch_normed(x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...] | None:
-    if any(t is not None and t.shape != x.shape[1:2] for t in (weight, bias, *rest[:2])):
-        return None
-    return torch.empty_like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
-
-
-def _layer_normed(x: Tensor, shape: Any, weight: Tensor | None, bias: Tensor | None, _e: float) -> Any:
-    axes = len(shape)
-    if any(t is not None and t.shape != x.shape[-axes:] for t in (weight, bias)) or tuple(shape) != x.shape[-axes:]:
-        return None
-    lead = x.shape[:-axes] + (1,) * axes
-    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(lead), x.new_empty(lead)
-
-
-# PyTorch derives the shapes that these return on meta by decomposing them in Python, which is most of a trace's time.
-_SHORTCUTS: dict[str, Callable[..., Any]] = {"native_batch_norm": _batch_normed, "native_layer_norm": _layer_normed}
 
 
 def output_tensors(output: Any) -> list[Tensor]:

@@ -213,6 +213,7 @@ def infer(
     *,
     kinds: Iterable[str] = DEFAULT_KINDS,
     entangled: bool | None = None,
+    record: bool = True,
 ) -> Structure:
     """What of `model` can go, from one run on `example_inputs`; the model is not changed.
 
@@ -222,6 +223,8 @@ def infer(
         kinds: which units to offer: "channel", "head", "head-size".
         entangled: also offer widths whose removal differs from zeroing, such as one a layer norm runs over. Default:
             only where the other widths make up less than a third of the parameters.
+        record: where Python code stands in the way, find out whether more can go with a recording of it, which the cut
+            then puts in the place of the module's own code; see `traced.TracedForward`.
 
     Raises:
         ModelError: the model does not run on these inputs, or is TorchScript.
@@ -230,16 +233,18 @@ def infer(
     wanted = frozenset(kinds)
     for kind in sorted(wanted - set(KINDS)):
         raise unknown_name("kind of unit", kind, KINDS)
-    structure = _inferred(model, example_inputs, wanted, bool(entangled))
+    structure = _inferred(model, example_inputs, wanted, bool(entangled), record)
     if entangled is None and _reach(structure) < _ENOUGH:
-        return _inferred(model, example_inputs, wanted, True)
+        return _inferred(model, example_inputs, wanted, True, record)
     return structure
 
 
-def _inferred(model: nn.Module, example_inputs: Any, wanted: frozenset[str], entangled: bool) -> Structure:
+def _inferred(
+    model: nn.Module, example_inputs: Any, wanted: frozenset[str], entangled: bool, record: bool
+) -> Structure:
     """What can go as the model's code is or, if more can, with the modules that stood in the way recorded."""
     as_is, blamed, real = _inferred_once(model, example_inputs, wanted, entangled)
-    documents = recordings(model, example_inputs, blamed, real=real) if blamed else {}
+    documents = recordings(model, example_inputs, blamed, real=real) if blamed and record else {}
     if not documents:
         return as_is
     copy = install(twin(model, {name: tensor.detach() for name, tensor in named_tensors(model)}), documents)
