@@ -45,9 +45,10 @@ LIMIT, LARGEST, LEAST = 180, 400_000_000, 0.2
 COVERED, SKIPPED = "covered", "skipped"
 SMALLEST = Path(__file__).with_name("timm_smallest.json")
 COLUMNS = (
-    "model", "parameters", "groups", "stay", "commonest reasons", "seconds", "gone", "proof", "same shapes", "trains",
-    "verdict",
+    "model", "parameters", "groups", "recorded", "stay", "commonest reasons", "seconds", "gone", "proof",
+    "same shapes", "trains", "verdict",
 )  # fmt: skip
+_SECONDS = COLUMNS.index("seconds")
 
 
 class TimeUp(BaseException):
@@ -214,6 +215,7 @@ def _examined(entry: Entry, found: dict[str, str]) -> str:
     gone = 1 - parameters(cut.model) / before
     found |= {
         "groups": str(len(cut.plan.groups)),
+        "recorded": str(len(structure.recorded)),
         "stay": str(len(structure.frozen)),
         "commonest reasons": commonest(structure.frozen),
         "gone": f"{gone:.0%}",
@@ -302,12 +304,11 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def rows_on_file(name: str) -> dict[str, tuple[str, ...]]:
-    """The rows of a recorded table by their first column; none where nothing was recorded."""
+def rows_on_file(name: str, columns: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The rows of a recorded table by their first column; none where nothing, or another table, was recorded."""
     path = RESULTS / f"{name}.json"
-    if not path.exists():
-        return {}
-    return {line[0]: tuple(line) for line in json.loads(path.read_text(encoding="utf-8"))["rows"]}
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"columns": [], "rows": []}
+    return {line[0]: tuple(line) for line in content["rows"]} if content["columns"] == list(columns) else {}
 
 
 def named(every: Sequence[Entry], names: Sequence[str]) -> list[Entry]:
@@ -331,10 +332,10 @@ def run(collection: str, names: Sequence[str]) -> None:
     every = entries(collection)
     order = [entry.name for entry in every]
     chosen = named(every, names)
-    rows = rows_on_file(f"architectures_{collection}")
+    rows = rows_on_file(f"architectures_{collection}", COLUMNS)
     for entry in chosen:
         rows[entry.name] = row(entry)
-        print(f"{entry.name}: {rows[entry.name][-1]} ({rows[entry.name][5] or '–'} s)", flush=True)
+        print(f"{entry.name}: {rows[entry.name][-1]} ({rows[entry.name][_SECONDS] or '–'} s)", flush=True)
         _save(collection, [rows[name] for name in order if name in rows], len(order), show=entry is chosen[-1])
 
 
@@ -345,7 +346,7 @@ def _save(collection: str, rows: Sequence[tuple[str, ...]], every: int, show: bo
     covered = sum(line[-1] == COVERED for line in tried)
     skipped = f"; {len(rows) - len(tried)} skipped for their size" if len(tried) < len(rows) else ""
     waiting = f"; {every - len(rows)} not run yet" if len(rows) < every else ""
-    reached = holds(bool(tried) and covered >= about.goal * len(tried))
+    reached = "no verdict yet" if waiting else holds(covered >= about.goal * len(tried))
     wanted = "all" if about.goal == 1 else f"at least {about.goal:.0%}"
     record(
         f"architectures_{collection}",
@@ -357,8 +358,9 @@ def _save(collection: str, rows: Sequence[tuple[str, ...]], every: int, show: bo
         data=about.data,
         seeds=(0,),
         note=f"Covered: cut, proven equal to the masked model, outputs of the same shapes, at least {LEAST:.0%} of the "
-        "parameters gone, and a training step on a batch of two works. Seconds: the whole of `prune`, proof and report "
-        f"included, without measuring latency. Limit {LIMIT} s a model.",
+        "parameters gone, and a training step on a batch of two works. Recorded: modules in whose Python code a size "
+        "stands, replaced by a recording of it. Stay: widths that cannot go. Seconds: the whole of `prune`, proof and "
+        f"report included, without measuring latency. Limit {LIMIT} s a model.",
         command=f"python -m benchmarks.architectures {collection}",
         show=show,
     )

@@ -259,7 +259,7 @@ def run(collection: str, names: Sequence[str], limit: int) -> None:
     installed = [c for c in WAYS if find_spec(WAYS[c][0])]
     if not installed:
         raise SystemExit("no rival is installed; see the module's docstring.")
-    rows = rows_on_file(f"rivals_{collection}")
+    rows = rows_on_file(f"rivals_{collection}", ("model", *WAYS))
     for entry in chosen:
         known = dict(zip(WAYS, rows.get(entry.name, ("",))[1:], strict=False))
         known |= {column: cell(column, entry, limit) for column in installed}

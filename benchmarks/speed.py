@@ -221,7 +221,7 @@ def _said(rows: Sequence[tuple[str, ...]]) -> str:
 
 def run(names: Sequence[str]) -> None:
     """Times the named models, or all, and records after each."""
-    rows = rows_on_file("speed")
+    rows = rows_on_file("speed", COLUMNS)
     chosen = names or list(MODELS)
     for name in chosen:
         rows[name] = row(name)

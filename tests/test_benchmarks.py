@@ -27,7 +27,7 @@ def _row(make: Any, parameters: int = 0) -> dict[str, str]:
 def test_a_model_that_can_be_cut_is_covered() -> None:
     found = _row(lambda: (_net().eval(), torch.randn(1, 3, 3, 3)))
     # 224 + 16 + 36 parameters: half of the eight channels go, and with them half of all but four biases.
-    assert (found["groups"], found["stay"], found["gone"]) == ("1", "1", "49%")
+    assert (found["groups"], found["recorded"], found["stay"], found["gone"]) == ("1", "0", "1", "49%")
     assert (found["same shapes"], found["trains"], found["verdict"]) == ("yes", "yes", COVERED)
     assert found["commonest reasons"] == "1× an axis of the model's output"
 
@@ -124,5 +124,6 @@ def test_a_run_of_some_models_replaces_only_their_rows(monkeypatch: pytest.Monke
     content = json.loads((tmp_path / "architectures_timm.json").read_text())
     assert [(row[0], row[-1]) for row in content["rows"]] == [("m: a", COVERED), ("m: b", "third"), ("m: c", "first")]
     assert content["held"] == "Covered 1 of 3 (did not hold)."
+    assert architectures.rows_on_file("architectures_timm", ("another", "table")) == {}
     with pytest.raises(SystemExit, match="called d or e"):
         architectures.run("timm", ["d", "a", "e"])

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import secateurs as sec
 from secateurs.core.errors import FileError, OptionError
 from secateurs.graph.cut import cut
-from secateurs.graph.structure import Structure, infer
+from secateurs.graph.infer import infer
+from secateurs.graph.structure import Structure
 from secateurs.inspection import inspect, unit_time
 from secateurs.measure.macs import macs
 from secateurs.measure.params import bytes_in_memory, parameters

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .core.units import ChannelGroup, Member, WeightGroup
 from .graph.cut import cut
-from .graph.structure import Frozen, Structure, infer
+from .graph.infer import infer
+from .graph.structure import Frozen, Structure
 from .measure.latency import compare, layer_times
 from .measure.params import LayerRow, bytes_in_memory, layer_table, parameters
 from .planning import Granularity

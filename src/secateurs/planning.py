@@ -22,8 +22,9 @@ from .core.select import top
 from .core.units import ChannelGroup, Group, WeightGroup
 from .criteria import get_criterion, score
 from .graph.cut import cut
+from .graph.infer import infer
 from .graph.plan import ModelPlan, digest
-from .graph.structure import Structure, fingerprint, infer
+from .graph.structure import Structure, fingerprint
 from .measure.latency import latency
 from .measure.macs import macs_by_module
 from .measure.params import bytes_in_memory, parameters
@@ -43,8 +44,8 @@ class Granularity:
     """What a unit is.
 
     Args:
-        kinds: kinds of coupled groups (see `graph.structure.KINDS`); empty for entries of weights.
-        entangled: whether widths go whose removal differs from zeroing; see `graph.structure.infer`.
+        kinds: kinds of coupled groups (see `graph.infer.KINDS`); empty for entries of weights.
+        entangled: whether widths go whose removal differs from zeroing; see `graph.infer.infer`.
         block: rows and columns of a block of entries.
     """
 

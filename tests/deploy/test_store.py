@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from secateurs.core import folder as folder_module
 from secateurs.core.errors import FileError, OptionError
-from secateurs.deploy import folder as folder_module
 from secateurs.deploy.store import load_extra, load_model, save_model
 from tests.deploy import samples
 from tests.deploy.samples import Net, again, same

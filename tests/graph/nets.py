@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from secateurs.core.batch import call, leaves
 from secateurs.graph.compact import on_kept
 from secateurs.graph.cut import cut, mask, prove
-from secateurs.graph.structure import Structure, infer
+from secateurs.graph.infer import infer
+from secateurs.graph.structure import Structure
 from secateurs.measure.macs import macs
 
 __all__ = [

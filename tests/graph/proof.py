@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-import secateurs.graph.structure  # noqa: F401  (registers the rules)
+import secateurs.graph.tracing  # noqa: F401  (registers the rules)
 from secateurs.core.dims import Dim, Fixed, atoms, kept, size
 from secateurs.graph.trace import Call, Tracer, Type, base_name, bound
 

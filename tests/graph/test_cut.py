@@ -14,7 +14,8 @@ from secateurs.core.dims import Atom, Fixed
 from secateurs.core.errors import PlanError, ProofError
 from secateurs.core.units import ChannelGroup, Member, WeightGroup
 from secateurs.graph.cut import cut, element_masks, mask, prove
-from secateurs.graph.structure import Structure, infer
+from secateurs.graph.infer import infer
+from secateurs.graph.structure import Structure
 from tests.graph import nets
 from tests.graph.nets import drawn, random_keep
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secateurs.graph.structure import infer
+from secateurs.graph.infer import infer
 from tests.graph import nets
 from tests.graph.nets import check
 

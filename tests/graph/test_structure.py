@@ -16,7 +16,9 @@ from secateurs.core.dims import Fixed
 from secateurs.core.errors import FileError, ModelError, OptionError, ProofError
 from secateurs.graph.compact import on_kept
 from secateurs.graph.cut import cut, mask, prove
-from secateurs.graph.structure import Structure, fingerprint, infer, trace_model
+from secateurs.graph.infer import infer
+from secateurs.graph.structure import Structure, fingerprint
+from secateurs.graph.tracing import trace_model
 from tests.graph import nets
 from tests.graph.nets import check, drawn, random_keep
 from tests.graph.oracle import components

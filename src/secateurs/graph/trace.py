@@ -118,6 +118,16 @@ class Doubted:
     inputs: tuple[tuple[Dim, ...], ...]
     outputs: tuple[tuple[Dim, ...], ...]
 
+    @property
+    def live(self) -> bool:
+        """Whether any position of its tensors can go."""
+        return any(True for dims in (*self.inputs, *self.outputs) for dim in dims for _ in atoms(dim))
+
+    def mapped(self, change: Callable[[Dim], Dim]) -> Doubted:
+        """The same op with other dimensions."""
+        inputs, outputs = (tuple(tuple(map(change, dims)) for dims in side) for side in (self.inputs, self.outputs))
+        return replace(self, inputs=inputs, outputs=outputs)
+
 
 @dataclass
 class Trace:

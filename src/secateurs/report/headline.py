@@ -116,7 +116,7 @@ def setting(latency: LatencySummary | None) -> str:
     """
     if latency is None:
         return ""
-    device = "this CPU" if latency.device == "cpu" else f"device {latency.device}"
+    device = "this CPU" if latency.device == "cpu" else f"device {' '.join(latency.device.split())}"
     threads = "" if latency.threads is None else plural(latency.threads, "thread")
     batch = "" if latency.batch is None else f"batch {latency.batch}"
     detail = ", ".join(filter(None, (threads, batch)))
