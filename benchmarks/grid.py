@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 from time import monotonic
 
 from benchmarks.cifar import batches, exact, pretrained, shuffled
-from benchmarks.record import mean_std, record
+from benchmarks.record import RESULTS, mean_std, record
 from secateurs import FineTune, SecateursError, prune
 from secateurs.criteria import criteria
 
@@ -32,13 +33,21 @@ def run(unit: str, criterion: str, allocation: str, budget: str, seed: int) -> t
     return tuple(stages[s]["accuracy"] for s in ("one-shot", "batch-norm recalibrated", "recovered"))
 
 
+def known(name: str) -> list[tuple[str, ...]]:
+    """The rows of an earlier run that was stopped."""
+    path = RESULTS / f"{name}.json"
+    return [tuple(row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]] if path.exists() else []
+
+
 def main(unit: str, minutes: float) -> None:
-    """Runs the grid of one unit and records it, as far as the time allows; a refused combination keeps its reason."""
-    rows, stop = [], monotonic() + 60 * minutes
+    """Runs what is left of a grid, as far as the time allows, and records it; a refusal keeps its reason."""
+    rows, stop = known(f"grid_{unit}"), monotonic() + 60 * minutes
     budgets, allocations = BUDGETS[unit]
     names = [c.name for c in criteria() if unit in c.groups]
     grid = list(itertools.product(budgets, allocations, names))
     for budget, allocation, criterion in grid:
+        if any(tuple(row[:3]) == (budget, allocation, criterion) for row in rows):
+            continue
         if monotonic() > stop:
             break
         try:

@@ -262,7 +262,7 @@ def test_wrong_masks_are_refused_before_anything_changes(masks: dict[str, Tensor
 
 
 def test_unknown_fate_and_unknown_parameter_in_set() -> None:
-    with pytest.raises(OptionError, match=r"revive must be never, value or one-step, got 'maybe'"):
+    with pytest.raises(OptionError, match=r"revive must be never, value, one-step or straight-through, got 'maybe'"):
         Masks(net(), {}, revive="maybe")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match=r"unknown masked parameter '2.weight'"):
         Masks(net(), {"0.weight": KEEP}).set({"2.weight": torch.eye(2).bool()})

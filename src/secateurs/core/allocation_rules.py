@@ -117,16 +117,21 @@ def _uniform(shapes: Shapes, density: float) -> dict[str, float]:
 
 @allocation("uniform+")
 def _uniform_plus(
-    shapes: Shapes, density: float, first: str | None = None, classifier: str | None = None
+    shapes: Shapes,
+    density: float,
+    first: str | None = None,
+    classifier: str | None = None,
+    dense_first: bool = True,
 ) -> dict[str, float]:
     """Uniform, with the first weight dense and the classifier at 0.2 or more (arXiv 2202.02643; Gale et al. 2019).
 
+    With `dense_first=False` the first weight is one of the others (GraNet's uniform variant, arXiv 2106.10404).
     All others share what is left, so that the mean is met: `D' = (D·T − N_first − 0.2·N_fc)/(T − N_first − N_fc)`. The
     published code divides by T instead. From density 0.2 on the classifier is one of the others.
     """
-    held = {_member(shapes, first, 0, "first"): 1.0}
+    held = {_member(shapes, first, 0, "first"): 1.0} if dense_first else {}
     last = _member(shapes, classifier, -1, "classifier")
-    if density < 0.2 and last not in held and len(shapes) > 2:
+    if density < 0.2 and last not in held and len(shapes) > len(held) + 1:
         held[last] = 0.2
     sizes = _sizes(shapes)
     rest = _rest_density("uniform+", sizes, density, held)

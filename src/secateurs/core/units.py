@@ -115,9 +115,9 @@ class ChannelGroup:
         lifted: dict[str, Tensor] = {}
         cache = {} if cache is None else cache
         for member in self.members:
-            if member.tensor not in saliency:
-                continue
             key = (member.tensor, member.axis, reduce)
+            if key not in cache and member.tensor not in saliency:
+                continue
             if key not in cache:
                 cache[key] = reduce_rows(saliency[member.tensor].movedim(member.axis, 0), reduce)
             scores = _reduce_positions(cache[key], self.units_along(member), self.size, reduce)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..core.batch import Loss, take
 from ..core.errors import ModelError, OptionError
 from ..core.finite import all_finite
-from ..core.units import Cache, Group, WeightGroup, normalized
+from ..core.units import Cache, ChannelGroup, Group, WeightGroup, normalized, reduce_rows
 from .lifting import Lift, lifted, resolve, select
 from .registry import Criterion, criteria, get_criterion
 
@@ -150,12 +150,20 @@ def _from_entries(
     """Scores of an elementwise criterion: its saliencies, checked and lifted."""
     parts = [select(group, model, lift) for group in groups]
     parameters = resolve(model, dict.fromkeys(name for group in parts for name in group.tensors))
-    saliency = criterion.evaluate(model, tuple(parameters), supplied)
-    for name, values in saliency.items():
-        _check_saliency(criterion, name, values, parameters[name])
     finish = None if criterion.finish is None else partial(criterion.finish, **own)
     scores: dict[str, Tensor] = {}
     cache: Cache = {}
+    saliency: dict[str, Tensor] = {}
+    axes = _axes(parts)
+    # Without data each tensor is for itself: its saliency can be reduced before that of the next is made.
+    for names in [tuple(parameters)] if criterion.needs else [(name,) for name in parameters]:
+        for name, values in criterion.evaluate(model, names, supplied).items():
+            _check_saliency(criterion, name, values, parameters[name])
+            rows: Cache = {
+                (name, a, lift.reduce): reduce_rows(values.movedim(a, 0), lift.reduce) for a in axes.get(name, ())
+            }
+            cache.update(rows)
+            saliency.update({} if name in axes else {name: values})
     for group in parts:
         found = lifted(group, saliency, lift, signed=criterion.signed, finish=finish, cache=cache)
         if found is None:
@@ -165,6 +173,14 @@ def _from_entries(
             )
         scores[group.name] = _finished(criterion, group, found)
     return scores
+
+
+def _axes(groups: Sequence[Group]) -> dict[str, set[int]]:
+    """Per tensor of channel groups the axes that carry them."""
+    axes: dict[str, set[int]] = {}
+    for member in (m for group in groups if isinstance(group, ChannelGroup) for m in group.members):
+        axes.setdefault(member.tensor, set()).add(member.axis)
+    return axes
 
 
 def _check_saliency(criterion: Criterion, name: str, values: Tensor, parameter: Tensor) -> None:

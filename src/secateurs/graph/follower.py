@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
@@ -90,7 +90,7 @@ class _Follower(TorchDispatchMode):
         record = ops[number]
         ints, factors = numbers(func, bound(func, args, kwargs))
         # An integer that changes where no size does is no size.
-        if factors != record.factors or (ints != record.ints and self._whole(number)):
+        if factors != record.factors or (_differ(ints, record.ints) and self._whole(number)):
             self.misses.factors.append(number)
         expected = tuple(self._shape(dims) for dims in record.dims)
         try:
@@ -143,6 +143,11 @@ class _Follower(TorchDispatchMode):
         if len(returns) == 1:
             return made[0] if str(returns[0].type) == "Tensor" else made
         return tuple(made)
+
+
+def _differ(ints: Sequence[int], others: Sequence[int]) -> bool:
+    """Whether two calls say different sizes; -1 says none, and whether it is filled in depends on strides."""
+    return len(ints) != len(others) or any(a != b and -1 not in (a, b) for a, b in zip(ints, others, strict=True))
 
 
 @contextmanager

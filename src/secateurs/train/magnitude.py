@@ -24,7 +24,7 @@ from .scope import prunable_weights
 from .scoring import Bound, Criterion, Magnitude, Motion, Scorer
 from .update import Counts, Ranked, by_rule, per_tensor, tensor_targets
 
-__all__ = ["GlobalMagnitude", "GradualMagnitude"]
+__all__ = ["GlobalMagnitude", "GradualMagnitude", "block_groups"]
 
 Patterns = str | Sequence[str]
 # Global MP's code: 0.05 % of ALL weights, the same number for every tensor.
@@ -102,7 +102,7 @@ def GradualMagnitude(
         force_final=force_final,
     )
     weights = prunable_weights(model, scope, ignore)
-    groups = _groups(weights, block)
+    groups = block_groups(weights, block)
     floors = floor_counts({group.name: group.size for group in groups}, floor)
     counts = _counts(allocation, groups, floors, schedule, targets, options)
     rule = Ranked(groups, _scorer(criterion, model, pool), counts, nested=revive == "never")
@@ -150,7 +150,7 @@ def GlobalMagnitude(
     """
     schedule = OneShot(sparsity, begin) if end is None else Cubic(final=sparsity, begin=begin, end=end, every=every)
     weights = prunable_weights(model, scope, ignore)
-    groups = _groups(weights, (1, 1))
+    groups = block_groups(weights, (1, 1))
     sizes = {group.name: group.size for group in groups}
     floors = floor_counts(sizes, int(sum(sizes.values()) * _MINIMUM_SHARE) if floor is None else floor)
     counts = _counts("global", groups, floors, schedule, None, {})
@@ -158,7 +158,8 @@ def GlobalMagnitude(
     return Pruner(model, optimizer, schedule, rule, weights, revive=revive, debug=debug)
 
 
-def _groups(weights: Mapping[str, nn.Parameter], block: tuple[int, int]) -> tuple[WeightGroup, ...]:
+def block_groups(weights: Mapping[str, nn.Parameter], block: tuple[int, int]) -> tuple[WeightGroup, ...]:
+    """One group a weight, of blocks of these rows and columns; -1 for all of them."""
     groups = []
     for name, weight in weights.items():
         rows, columns = WeightGroup(name, tuple(weight.shape)).matrix

@@ -2,7 +2,8 @@
 
 Weights are stored masked, so forward passes, exports and `model.state_dict()` see the sparse model. A hook on each
 parameter zeroes the gradient of what is masked after every backward pass, before any clipping or unscaling; a hook on
-each watched optimizer masks weights and optimizer state again after every step, whatever the optimizer did.
+each watched optimizer masks weights and optimizer state again after every step, whatever the optimizer did. A listener
+may ask for the gradient of single steps before that, masked entries included.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from .scope import canonical_names
 
 __all__ = ["Masks", "Revive", "pack", "unpack"]
 
-Revive = Literal["never", "value", "one-step"]
+Wants = Callable[[int], bool]
+Hears = Callable[[dict[str, Tensor]], None]
+Revive = Literal["never", "value", "one-step", "straight-through"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ _FATES: dict[str, _Fate] = {
     "never": _Fate(gate=True, clear=True, remember=False, restore=False),
     "value": _Fate(gate=True, clear=False, remember=True, restore=True),
     "one-step": _Fate(gate=False, clear=False, remember=True, restore=False),
+    "straight-through": _Fate(gate=False, clear=False, remember=True, restore=True),
 }
 
 
@@ -60,7 +64,10 @@ class Masks(Mapping[str, Tensor]):
         revive: the fate of a masked weight. "never": weight, gradient and optimizer state are exactly zero. "value":
             the gradient is zero, the value waits outside the model, is still moved by momentum and weight decay, and
             competes in the next mask update (Zhu & Gupta's code). "one-step": the gradient is not zeroed, and zero
-            minus one optimizer step competes (TensorFlow Model Optimization).
+            minus one optimizer step competes (TensorFlow Model Optimization). "straight-through": the value waits
+            outside the model and is trained by the gradient that the masked weight gets (SR-STE, arXiv 2102.04010).
+        pull: what of its own value is added to the gradient of a masked weight that waits: the λ of SR-STE, 0 for
+            none; with "value" and "straight-through" only.
         debug: check before and after every optimizer step that what is masked is zero.
 
     Attributes:
@@ -68,7 +75,7 @@ class Masks(Mapping[str, Tensor]):
 
     Raises:
         OptionError: an unknown name, a mask that is not bool or does not broadcast, two different masks for one tied
-            parameter, an unknown `revive`.
+            parameter, an unknown `revive`, or a `pull` where no value waits.
 
     >>> layer = nn.Linear(2, 1, bias=False)
     >>> with Masks(layer, {"weight": torch.tensor([[True, False]])}) as masks:
@@ -77,16 +84,28 @@ class Masks(Mapping[str, Tensor]):
     """
 
     def __init__(
-        self, model: nn.Module, masks: Mapping[str, Tensor], *, revive: Revive = "never", debug: bool = False
+        self,
+        model: nn.Module,
+        masks: Mapping[str, Tensor],
+        *,
+        revive: Revive = "never",
+        pull: float = 0.0,
+        debug: bool = False,
     ) -> None:
         if revive not in _FATES:
-            raise OptionError(f"revive must be never, value or one-step, got {revive!r}.")
+            raise OptionError(f"revive must be never, value, one-step or straight-through, got {revive!r}.")
+        if pull < 0 or (pull and not _FATES[revive].restore):
+            raise OptionError(f"pull must be 0 or more, and 0 with revive={revive!r}, got {pull}.")
         self._model, self._fate, self._debug = model, _FATES[revive], debug
+        self._revive, self._pull = revive, pull
         self._names = canonical_names(model)
         self._keep = self._checked(masks)
         self._hidden: dict[str, Tensor] = {}
         self._gates: dict[str, tuple[nn.Parameter, RemovableHandle]] = {}
         self._optimizers: list[tuple[Optimizer, tuple[RemovableHandle, ...]]] = []
+        self._listener: tuple[Wants, Hears] | None = None
+        # The step of the last gradient that the listener got: what comes after it belongs to no step yet.
+        self._heard = 0
         self.steps = 0
         if self._fate.remember:
             self._remember()
@@ -144,6 +163,19 @@ class Masks(Mapping[str, Tensor]):
         self.apply()
         return self
 
+    def listen(self, wants: Wants, hears: Hears) -> None:
+        """None; from now on `hears` gets the dense gradient of those optimizer steps that `wants` names.
+
+        The gradients of such a step stay dense until it is taken: accumulated, unscaled and reduced as the optimizer
+        sees them, and with their masked entries in the norm by which they are clipped. Then the masked entries go, and
+        at all other steps nothing dense outlives the backward pass.
+
+        Args:
+            wants: from the number of an optimizer step, counted from 1, to whether its gradient is asked for.
+            hears: called with the gradients by name; they are not its to keep.
+        """
+        self._listener = (wants, hears)
+
     def set(self, masks: Mapping[str, Tensor]) -> None:
         """None; the given masks replace those of the same names. An entry that returns starts with what `revive` says:
         zero weight and state ("never"), its remembered value ("value", "one-step").
@@ -161,7 +193,7 @@ class Masks(Mapping[str, Tensor]):
             self._remember()
         self.apply()
         if self._fate.gate:
-            self._each(lambda p, removed: None if p.grad is None else p.grad.masked_fill_(removed, 0))
+            self._each(_mask_gradient)
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -204,6 +236,7 @@ class Masks(Mapping[str, Tensor]):
                 handle.remove()
         self._gates.clear()
         self._optimizers.clear()
+        self._listener = None
         self._hidden.clear()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -224,6 +257,7 @@ class Masks(Mapping[str, Tensor]):
             PlanError: the state is of other parameters or shapes.
         """
         self._check_state(state)
+        self._heard = 0
         for name, parameter in self._parameters():
             self._keep[name] = unpack(state[f"kept/{name}"], parameter.shape).to(parameter.device)
             if self._fate.remember:
@@ -292,22 +326,46 @@ class Masks(Mapping[str, Tensor]):
                 return
             if parameter.grad.layout is not torch.strided:
                 raise ModelError(f"the gradient of {name} is sparse and cannot be masked; use sparse=False there.")
-            # Not a product: an infinite gradient under a mask would become NaN.
-            parameter.grad.masked_fill_(~self._mask(name), 0)
+            if not self._wanted():
+                # Not a product: an infinite gradient under a mask would become NaN.
+                parameter.grad.masked_fill_(~self._mask(name), 0)
 
         return zero_masked
 
+    def _wanted(self) -> bool:
+        """Whether the gradient that is being made is one to be heard dense."""
+        step = self.steps + 1
+        return self._listener is not None and self._heard != step and self._listener[0](step)
+
+    def _tell(self) -> None:
+        """The listener gets the gradient that it wants, which then is masked like any other."""
+        if self._listener is None or not self._wanted():
+            return
+        gradients = {name: parameter.grad for name, parameter in self._parameters() if parameter.grad is not None}
+        self._listener[1](gradients)
+        self._heard = self.steps + 1
+        self._each(_mask_gradient)
+
     @torch.no_grad()
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._debug:
+        closure = _has_closure(args, kwargs)
+        if not closure:
+            self._tell()
+        if self._debug and not (closure and self._wanted()):
             self.check()
         if self._fate.restore:
-            if any(callable(a) for a in (*args[1:], *kwargs.values())):
-                raise OptionError("revive='value' needs optimizer.step without a closure: call backward before it.")
+            if closure:
+                raise OptionError(
+                    f"revive={self._revive!r} needs optimizer.step without a closure: call backward before it."
+                )
             self._reveal()
+            if self._pull:
+                self._each(lambda p, removed: None if p.grad is None else p.grad.add_(p * removed, alpha=self._pull))
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _has_closure(args, kwargs):
+            self._tell()
         self.steps += optimizer is self._optimizers[0][0]
         if self._fate.remember:
             self._remember()
@@ -342,6 +400,16 @@ class Masks(Mapping[str, Tensor]):
             for key, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     yield f"optimizer state {key!r}", value
+
+
+def _mask_gradient(parameter: nn.Parameter, removed: Tensor) -> None:
+    if parameter.grad is not None:
+        parameter.grad.masked_fill_(removed, 0)
+
+
+def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an optimizer step computes its gradients itself; the first argument is the optimizer."""
+    return any(callable(a) for a in (*args[1:], *kwargs.values()))
 
 
 def _broadcasts(mask: torch.Size, shape: torch.Size) -> bool:

@@ -14,7 +14,7 @@ from ..core.errors import ModelError, OptionError, PlanError
 from ..core.finite import all_finite
 from ..core.schedule import Schedule
 from .masking import Masks, Revive
-from .update import Moment, Rule
+from .update import Moment, Regrowing, Rule
 
 __all__ = ["Pruner"]
 
@@ -34,6 +34,7 @@ class Pruner:
         rule: the mask update; see `update.Rule`.
         weights: the parameters to prune, by qualified name.
         revive: the fate of masked weights; see `Masks`.
+        pull: see `Masks`.
         debug: check the masks at every step.
 
     Attributes:
@@ -54,6 +55,7 @@ class Pruner:
         weights: Mapping[str, nn.Parameter],
         *,
         revive: Revive = "never",
+        pull: float = 0.0,
         debug: bool = False,
     ) -> None:
         if optimizer is None and revive != "never":
@@ -61,12 +63,14 @@ class Pruner:
         dense = {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}
         self._model, self._rule, self._watched, self._debug = model, rule, optimizer is not None, debug
         self.schedule = schedule
-        self.masks = Masks(model, dense, revive=revive, debug=debug)
+        self.masks = Masks(model, dense, revive=revive, pull=pull, debug=debug)
         self._step = self._updates = 0
         self._closed = False
         try:
             if optimizer is not None:
                 self.masks.watch(optimizer)
+            if isinstance(rule, Regrowing):
+                self.masks.listen(rule.wants, self._observe)
             self._state = rule.init(self._weights())
             if schedule.due(0):
                 self._update()
@@ -149,6 +153,19 @@ class Pruner:
     def _weights(self) -> dict[str, Tensor]:
         return {name: self._model.get_parameter(name).detach() for name in self.masks}
 
+    def _moment(self, weights: Mapping[str, Tensor]) -> Moment:
+        return Moment(self._step, self.schedule(self._step), weights, dict(self.masks))
+
+    def _observe(self, gradients: Mapping[str, Tensor]) -> None:
+        missing = [name for name in self.masks if name not in gradients]
+        if missing:
+            raise ModelError(
+                f"{', '.join(missing[:3])} had no gradient at step {self.masks.steps + 1}, so nothing says where to "
+                "regrow: it took no part in the loss; leave it out with ignore=."
+            )
+        assert isinstance(self._rule, Regrowing)
+        self._state = self._rule.observe(gradients, self._state)
+
     @torch.no_grad()
     def _update(self) -> None:
         with self.masks.revealed():
@@ -156,9 +173,12 @@ class Pruner:
             for name, weight in weights.items():
                 if not all_finite(weight):
                     raise ModelError(f"NaN or infinite weights in {name} at step {self._step}: training diverged.")
-            moment = Moment(self._step, self.schedule(self._step), weights, dict(self.masks))
-            masks, self._state = self._rule.update(moment, self._state)
+            masks, self._state = self._rule.update(self._moment(weights), self._state)
             self.masks.set(masks)
+        if isinstance(self._rule, Regrowing):
+            masks, self._state = self._rule.regrow(self._moment(self._weights()), self._state)
+            if masks:
+                self.masks.set(masks)
         self._updates += 1
         self._warn_if_empty()
 

@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,7 +23,20 @@ from ..core.select import top
 from ..core.units import WeightGroup
 from .scoring import Scorer, State
 
-__all__ = ["Counts", "Drawn", "Moment", "Ranked", "Rule", "by_rule", "drawn_mask", "per_tensor", "tensor_targets"]
+__all__ = [
+    "Counts",
+    "Drawn",
+    "Moment",
+    "Ranked",
+    "Regrowing",
+    "Rule",
+    "by_rule",
+    "drawn_mask",
+    "live_units",
+    "per_tensor",
+    "stream",
+    "tensor_targets",
+]
 
 Counts = Callable[[Mapping[str, Tensor], float, Mapping[str, int]], dict[str, int]]
 
@@ -55,6 +68,20 @@ class Rule(Protocol):
         """The next bool masks, of the weights' shapes, and the next state."""
 
 
+@runtime_checkable
+class Regrowing(Rule, Protocol):
+    """A rule in two strokes: what `update` takes is at zero before `regrow` gives back, so it returns as if new."""
+
+    def wants(self, step: int) -> bool:
+        """Whether it must see the dense gradient of optimizer step `step`, counted from 1."""
+
+    def observe(self, gradients: Mapping[str, Tensor], state: State) -> State:
+        """The next state, after such a gradient; the tensors given are the optimizer's own."""
+
+    def regrow(self, moment: Moment, state: State) -> tuple[dict[str, Tensor], State]:
+        """Masks with entries given back, for none or some of the weights, and the next state."""
+
+
 @dataclass(frozen=True)
 class Ranked:
     """Score, count, select: in every group the units of highest score stay, ties by index.
@@ -76,7 +103,7 @@ class Ranked:
 
     def update(self, moment: Moment, state: State) -> tuple[dict[str, Tensor], State]:
         scores, state = self.scorer.score(moment.weights, self.groups, state)
-        present = {group.name: self._present(group, moment.masks[group.name]) for group in self.groups}
+        present = {group.name: self._may_stay(group, moment.masks[group.name]) for group in self.groups}
         # The lowest score, not minus infinity: allocation rules do arithmetic with scores.
         ranked = {name: s.masked_fill(~present[name], s.min()) for name, s in scores.items()}
         kept = self.counts(ranked, moment.sparsity, {name: int(mask.sum()) for name, mask in present.items()})
@@ -86,11 +113,10 @@ class Ranked:
             masks |= group.spread(top(candidates, kept[group.name]))
         return masks, state
 
-    def _present(self, group: WeightGroup, mask: Tensor) -> Tensor:
-        """The units that may stay: bool [units]."""
-        if not self.nested:
-            return torch.ones(group.size, dtype=torch.bool, device=mask.device)
-        return group.lift({group.name: mask.float()}, "max")[group.name] > 0
+    def _may_stay(self, group: WeightGroup, mask: Tensor) -> Tensor:
+        if self.nested:
+            return live_units(group, mask)
+        return torch.ones(group.size, dtype=torch.bool, device=mask.device)
 
 
 @dataclass(frozen=True)
@@ -111,6 +137,11 @@ class Drawn:
     def update(self, moment: Moment, state: State) -> tuple[dict[str, Tensor], State]:
         masks = {name: drawn_mask(w.shape, self.counts[name], self.seed, name) for name, w in moment.weights.items()}
         return masks, state
+
+
+def live_units(group: WeightGroup, mask: Tensor) -> Tensor:
+    """Which units of a weight its mask keeps: bool [units]."""
+    return group.lift({group.name: mask.float()}, "max")[group.name] > 0
 
 
 def drawn_mask(shape: Sequence[int], keep: int, seed: int, name: str) -> Tensor:
