@@ -19,19 +19,25 @@ if TYPE_CHECKING:
     from .pruning import FineTune, Pruned, load, prune
     from .report.data import Report
     from .report.inspection import Inspection
+    from .train.granet import SET, GraNet, RigL
     from .train.magnitude import GlobalMagnitude, GradualMagnitude
     from .train.random_sparse import RandomSparse
+    from .train.sr_ste import SRSTE
 
 __all__ = [
+    "SET",
+    "SRSTE",
     "Budget",
     "FineTune",
     "GlobalMagnitude",
+    "GraNet",
     "GradualMagnitude",
     "Inspection",
     "Plan",
     "Pruned",
     "RandomSparse",
     "Report",
+    "RigL",
     "SecateursError",
     "inspect",
     "load",
@@ -44,12 +50,16 @@ _HOMES = {
     "Budget": "core.budget",
     "FineTune": "pruning",
     "GlobalMagnitude": "train.magnitude",
+    "GraNet": "train.granet",
     "GradualMagnitude": "train.magnitude",
     "Inspection": "report.inspection",
     "Plan": "graph.plan",
     "Pruned": "pruning",
     "RandomSparse": "train.random_sparse",
     "Report": "report.data",
+    "RigL": "train.granet",
+    "SET": "train.granet",
+    "SRSTE": "train.sr_ste",
     "SecateursError": "core.errors",
     "inspect": "inspection",
     "load": "pruning",

@@ -103,7 +103,7 @@ def plan(
         criterion, criterion_options: how units are scored; see `secateurs.criteria`.
         allocation, allocation_options: how much goes from where; see `secateurs.core.allocate`.
         granularity: "channel" (the default: widths and attention heads whose removal equals zeroing, and where those
-            are less than a third of the parameters all widths), "head", "head-size", "width" (also those that a
+            are less than two fifths of the parameters all widths), "head", "head-size", "width" (also those that a
             normalisation runs over, such as the hidden size of a transformer), "weight" (the default for N:M), or
             "block:4x1".
         scope, ignore: patterns of names of layers or parameters to prune, or to leave alone.

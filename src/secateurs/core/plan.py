@@ -15,7 +15,7 @@ from .budget import Budget
 from .cost import CostModel
 from .errors import BudgetError, OptionError, PlanError
 from .fit import fit
-from .select import n_of_m, top
+from .select import n_of_m_inputs, top
 from .units import Group, WeightGroup
 
 __all__ = ["Plan", "Recipe", "Step", "decide", "pack", "unpack"]
@@ -143,10 +143,7 @@ def _by_pattern(groups: Sequence[Group], scores: Mapping[str, Tensor], budget: B
     for group in groups:
         if not isinstance(group, WeightGroup) or group.block != (1, 1):
             raise OptionError(f"{pattern} is a pattern of single weights; {group.name} has {group.kind} units.")
-        # Consecutive inputs: the input axis last, so that a kernel's positions are patterns of their own.
-        rows = scores[group.name].view(group.shape).movedim(1, -1)
-        mask = n_of_m(rows.flatten(0, -2), pattern.keep, pattern.of)
-        keep[group.name] = mask.view(rows.shape).movedim(-1, 1).flatten()
+        keep[group.name] = n_of_m_inputs(scores[group.name].view(group.shape), pattern.keep, pattern.of).flatten()
     return keep
 
 

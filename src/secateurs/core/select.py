@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .errors import OptionError
 
-__all__ = ["knapsack", "n_of_m", "per_row", "top", "top_across"]
+__all__ = ["knapsack", "n_of_m", "n_of_m_inputs", "per_row", "top", "top_across"]
 
 # Entries of the decision table of `knapsack`, one byte each.
 _KNAPSACK_TABLE = 2**31
@@ -81,6 +81,21 @@ def n_of_m(scores: Tensor, keep: int, of: int) -> Tensor:
     if of < 1 or columns % of:
         raise OptionError(f"{keep}:{of} needs a number of columns that {of} divides, got scores [{rows}, {columns}].")
     return _keep(scores.reshape(-1, of), keep).view(rows, columns)
+
+
+def n_of_m_inputs(scores: Tensor, keep: int, of: int) -> Tensor:
+    """The `keep` highest of every `of` consecutive inputs of a weight: a bool mask of its shape, earlier inputs first.
+
+    Args:
+        scores: of the weight's shape, outputs first and inputs second; each position of a kernel has patterns of its
+            own.
+        keep, of: see `n_of_m`.
+
+    Raises:
+        OptionError: as for `n_of_m`.
+    """
+    rows = scores.movedim(1, -1)
+    return n_of_m(rows.flatten(0, -2), keep, of).view(rows.shape).movedim(-1, 1)
 
 
 def knapsack(values: Tensor, costs: Tensor, capacity: int) -> Tensor:

@@ -26,7 +26,7 @@ __all__ = ["DEFAULT_KINDS", "KINDS", "infer"]
 KINDS = ("channel", "head", "head-size")
 DEFAULT_KINDS = ("channel", "head")
 # With less than this share of the parameters along neutral widths, the others are offered, too.
-_ENOUGH = 1 / 3
+_ENOUGH = 0.4
 
 
 def infer(
@@ -44,7 +44,7 @@ def infer(
         example_inputs: a tensor, a tuple of positional arguments or a dict of keywords.
         kinds: which units to offer: "channel", "head", "head-size".
         entangled: also offer widths whose removal differs from zeroing, such as one a layer norm runs over. Default:
-            only where the other widths make up less than a third of the parameters.
+            only where the other widths make up less than two fifths of the parameters.
         record: where Python code stands in the way, find out whether more can go with a recording of it, which the cut
             then puts in the place of the module's own code; see `traced.TracedForward`.
 

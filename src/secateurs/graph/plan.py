@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..core.cost import CostModel
-from ..core.errors import FileError, PlanError
+from ..core.errors import FileError, PlanError, ProofError
 from ..core.plan import Plan, Recipe, pack, unpack
 from ..core.state import read_state, write_state
 from ..core.units import ChannelGroup, WeightGroup
 from .compact import on_kept
+from .config import mend_config
 from .cut import check_fits, cut, element_masks, mask, prove
 from .structure import Structure, fingerprint, long_names, short_names, substituted
 from .twin import named_tensors
@@ -89,7 +91,16 @@ class ModelPlan(Plan):
             )
         smaller = cut(model, self.structure, self.keep)
         masked = mask(model, self.groups, self.keep)
-        return smaller, prove(masked, smaller, self.example_inputs, on_kept(self.structure, self.keep))
+        proof = partial(prove, masked, smaller, self.example_inputs, on_kept(self.structure, self.keep))
+        undo = mend_config(smaller)
+        try:
+            return smaller, proof()
+        except ProofError:
+            if undo is None:
+                raise
+            undo()
+        # The config is as it was; the numbers that code reads from it at every run are not of its sizes.
+        return smaller, proof()
 
     def check(self, model: nn.Module, values: bool = False) -> None:
         """Refuse a model that the plan was not made for.

@@ -228,8 +228,8 @@ class Call:
         return [Fixed(size(d)) if a in axes else d for a, d in enumerate(dims)]
 
 
-# PyTorch inserts these depending on who holds a reference, so two runs of one model may differ in them.
-UNRECORDED = frozenset({"detach", "alias", "lift_fresh"})
+# PyTorch inserts these depending on who holds a reference and on strides, so two runs of one model may differ in them.
+UNRECORDED = frozenset({"detach", "alias", "lift_fresh", "clone"})
 
 # What a module may return beside tensors and still be understood.
 _PLAIN = (bool, int, float, str, type(None))

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+from .granet import SET, GraNet, RigL
 from .magnitude import GlobalMagnitude, GradualMagnitude
 from .masking import Masks
 from .pruner import Pruner
 from .random_sparse import RandomSparse, ranked_densities
 from .regularize import slimming_penalty, soft_filter_step
+from .regrowth import Grow, Prolonged, Regrowth, Share
 from .scope import canonical_names, prunable_weights
-from .update import Drawn, Moment, Ranked, Rule
+from .sr_ste import SRSTE
+from .update import Drawn, Moment, Ranked, Regrowing, Rule
 
 __all__ = [
+    "SET",
+    "SRSTE",
     "Drawn",
     "GlobalMagnitude",
+    "GraNet",
     "GradualMagnitude",
+    "Grow",
     "Masks",
     "Moment",
+    "Prolonged",
     "Pruner",
     "RandomSparse",
     "Ranked",
+    "Regrowing",
+    "Regrowth",
+    "RigL",
     "Rule",
+    "Share",
     "canonical_names",
     "prunable_weights",
     "ranked_densities",

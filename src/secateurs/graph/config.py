@@ -1,0 +1,359 @@
+"""A model's config after a cut: which of its numbers must change so that its class builds what the cut has made.
+
+Some libraries build a model from a config object and go on reading it: for the size of a cache, in a forward, and when
+the model is saved and built again. What a number of the config means is not looked up but tried: the class is built on
+the meta device with another number, and what it builds is compared with the model. Numbers that only grow right
+together, as heads and key-value heads do, are tried in pairs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["Built", "Fit", "fit", "mend_config"]
+
+Number = int | float | tuple[int, ...]
+_Field = tuple[str | int, ...]
+_Change = tuple[_Field, int | float]
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a model has in numbers.
+
+    Args:
+        shapes: of its parameters and of the buffers that are saved, by name.
+        numbers: integers, fractions and tuples of integers that its modules hold, by `path.attribute`.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    numbers: Mapping[str, Number]
+
+    def unlike(self, other: Built) -> dict[str, tuple[Any, Any]]:
+        """What differs, as (here, there), shapes first; None for what is absent."""
+        sides = ((self.shapes, other.shapes), (self.numbers, other.numbers))
+        return {
+            name: (ours.get(name), theirs.get(name))
+            for ours, theirs in sides
+            for name in dict.fromkeys((*theirs, *ours))
+            if ours.get(name) != theirs.get(name)
+        }
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The config that comes closest to a model.
+
+    Args:
+        config: a copy; the model's own is not changed.
+        changes: of the fields whose number is another one, the old and the new number.
+        left: what the config makes otherwise than the model has it, as (made, has), shapes first; None if the class
+            cannot be built from a config.
+    """
+
+    config: Any
+    changes: Mapping[_Field, tuple[Any, Any]]
+    left: Mapping[str, tuple[Any, Any]] | None
+
+
+def fit(model: nn.Module) -> Fit:
+    """The numbers of the model's config that build its shapes, as near as one number for all layers comes."""
+    search = _Search(model)
+    if search.first is None:
+        return Fit(copy.deepcopy(model.config), {}, None)
+    config = search.run()
+    before, after = _fields(model.config), _fields(config)
+    changes = {field: (before.get(field), new) for field, new in after.items() if before.get(field) != new}
+    return Fit(config, changes, search.left)
+
+
+def mend_config(model: nn.Module) -> Callable[[], None] | None:
+    """A function that undoes what was mended, in place; None if nothing was.
+
+    Mended are the fields of the model's config that one number fits in all layers, and integers of modules that
+    follow from those alone and that no forward pass needed so far, such as queries per key in a model of one key.
+    """
+    if not hasattr(getattr(model, "config", None), "to_dict"):
+        return None
+    found = fit(model)
+    if not found.changes:
+        return None
+    undo = [_set_field(c, f, new) for c in _configs(model) for f, (old, new) in found.changes.items() if _at(c, f) == old]
+    undo += _follow(model, found.left or {})
+    return lambda: [put_back() for put_back in reversed(undo)] and None
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """The configs that modules hold: some keep a copy of their own."""
+    held = [getattr(module, "config", None) for module in model.modules()]
+    return list({id(config): config for config in held if hasattr(config, "to_dict")}.values())
+
+
+def _follow(model: nn.Module, left: Mapping[str, tuple[Any, Any]]) -> list[Callable[[], None]]:
+    """Sets integers as the config makes them, in modules of which it makes all shapes; gives the ways back."""
+    shapes = {name for name, (made, _) in left.items() if not _is_number(model, name)}
+    undo = []
+    for name, (made, has) in left.items():
+        path, _, attribute = name.rpartition(".")
+        inside = any(not path or shape.startswith(f"{path}.") for shape in shapes)
+        if name not in shapes and not inside and type(made) is type(has) is int:
+            undo.append(_set(model.get_submodule(path), attribute, made))
+    return undo
+
+
+def _is_number(model: nn.Module, name: str) -> bool:
+    path, _, attribute = name.rpartition(".")
+    try:
+        return _number(vars(model.get_submodule(path)).get(attribute)) is not None
+    except AttributeError:
+        return False
+
+
+def _set(holder: Any, name: str, value: Any) -> Callable[[], None]:
+    had, old = name in vars(holder), getattr(holder, name, None)
+    setattr(holder, name, value)
+    return lambda: setattr(holder, name, old) if had else delattr(holder, name)
+
+
+# -- what a model has --------------------------------------------------------------------------------------------------
+
+
+def built(model: nn.Module) -> Built:
+    """What the model has in numbers."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    numbers: dict[str, Number] = {}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            number = None if name.startswith("_") else _number(value)
+            if number is not None:
+                numbers[f"{path}.{name}" if path else name] = number
+    return Built(shapes, numbers)
+
+
+def _number(value: Any) -> Number | None:
+    if type(value) in (int, float):
+        return value  # type: ignore[no-any-return]  # narrowed by the test of its type
+    if isinstance(value, (tuple, list)) and value and all(type(v) is int for v in value):
+        return tuple(value)
+    return None
+
+
+def _build(kind: type[nn.Module], config: Any) -> Built | None:
+    """What the class makes of a config, on the meta device; None if it refuses."""
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]), _uninitialised():
+            return built(kind(copy.deepcopy(config)))
+    except Exception:  # noqa: BLE001  (a library's constructor may raise anything at a number that does not fit)
+        return None
+
+
+def _uninitialised() -> contextlib.AbstractContextManager[Any]:
+    """Spares drawing random weights for a model that has only shapes."""
+    try:
+        from transformers.initialization import no_init_weights
+    except ImportError:
+        return contextlib.nullcontext()
+    return no_init_weights()  # type: ignore[no-any-return, no-untyped-call]  # transformers leaves it unannotated
+
+
+# -- the fields of a config --------------------------------------------------------------------------------------------
+
+
+def _fields(config: Any, around: _Field = ()) -> dict[_Field, Any]:
+    """The numbers in a config, its lists and its sub-configs, by where they are."""
+    found: dict[_Field, Any] = {}
+    for name, value in vars(config).items():
+        here = (*around, name)
+        if name.startswith("_"):
+            continue
+        if hasattr(value, "to_dict"):
+            found |= _fields(value, here)
+        elif isinstance(value, (list, tuple)):
+            found |= {(*here, i): v for i, v in enumerate(value) if type(v) in (int, float)}
+        elif type(value) in (int, float):
+            found[here] = value
+    return found
+
+
+def _at(config: Any, field: _Field) -> Any:
+    return _fields(config).get(field)
+
+
+def _set_field(config: Any, field: _Field, value: Any) -> Callable[[], None]:
+    """Changes a number of the config in place; gives the way back."""
+    names = [name for name in field if isinstance(name, str)]
+    for name in names[:-1]:
+        config = getattr(config, name)
+    if isinstance(field[-1], str):
+        return _set(config, names[-1], value)
+    values = list(getattr(config, names[-1]))
+    values[field[-1]] = value
+    return _set(config, names[-1], type(getattr(config, names[-1]))(values))
+
+
+def _changed(config: Any, changes: Sequence[_Change]) -> Any | None:
+    """A copy of the config with other numbers; None if it refuses them."""
+    other = copy.deepcopy(config)
+    try:
+        for field, value in changes:
+            _set_field(other, field, value)
+    except Exception:  # noqa: BLE001  (a config may check itself, and raise anything)
+        return None
+    return other
+
+
+# -- the search --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A config, what is built from it, and how far that is from the model.
+
+    Args:
+        wrong: what must change still.
+        bent: integers that the cut left alone and this config makes otherwise: nothing needed them, or they are wrong.
+    """
+
+    config: Any
+    built: Built
+    wrong: frozenset[str]
+    bent: frozenset[str]
+
+
+class _Search:
+    """Changes of a config, taken one or two at a time while they bring it nearer to the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._kind = type(model)
+        self._config = copy.deepcopy(model.config)
+        self._own = built(model)
+        self.first = _build(self._kind, self._config)
+        self._idle: set[_Field] = set()
+        self._last = self.first
+
+    @property
+    def left(self) -> dict[str, tuple[Any, Any]]:
+        """What the config that was found makes otherwise than the model has it."""
+        return {} if self._last is None else self._last.unlike(self._own)
+
+    def run(self) -> Any:
+        """The config that was found."""
+        now = self._trial(self._config)
+        if now is None or not now.wrong:
+            return self._config
+        spelt = self._spelt_out(now)
+        now = spelt or now
+        while now.wrong and (better := self._better(now)):
+            now = better
+        now = self._without_idle(now) if spelt else now
+        self._last = now.built
+        return now.config
+
+    def _trial(self, config: Any | None) -> _Trial | None:
+        made = None if config is None else _build(self._kind, config)
+        if made is None or self.first is None:
+            return None
+        unlike = made.unlike(self._own)
+        bent = {name for name, (new, own) in unlike.items() if self._left_alone(name, own) and type(new) is int}
+        wrong = {part for name, sides in unlike.items() if name not in bent for part in _parts(name, *sides)}
+        return _Trial(config, made, frozenset(wrong), frozenset(bent))
+
+    def _left_alone(self, name: str, own: Any) -> bool:
+        assert self.first is not None
+        return type(own) is int and self.first.numbers.get(name) == own
+
+    def _better(self, now: _Trial) -> _Trial | None:
+        """The best next step: one that makes nothing else wrong before one that bends, one change before two."""
+        singles = {change: found for change in self._candidates(now) if (found := self._tried(now, [change]))}
+        helpful = [c for c, t in singles.items() if now.wrong - t.wrong]
+        if found := _best(now, singles.values(), bending=False):
+            return found
+        pairs = [p for p in combinations(helpful, 2) if p[0][0] != p[1][0]]
+        doubles = [t for pair in pairs if (t := self._tried(now, pair))]
+        return (
+            _best(now, doubles, bending=False)
+            or _best(now, singles.values(), bending=True)
+            or _best(now, doubles, bending=True)
+        )
+
+    def _tried(self, now: _Trial, changes: Sequence[_Change]) -> _Trial | None:
+        found = self._trial(_changed(now.config, changes))
+        if found is not None and len(changes) == 1 and found.built == now.built:
+            self._idle.add(changes[0][0])
+        return found
+
+    def _candidates(self, now: _Trial) -> list[_Change]:
+        """Fields with a number that one of the sizes that are wrong may be made of, changed in the same proportion."""
+        steps = _steps(now.built.unlike(self._own))
+        sizes = {n for shape in now.built.shapes.values() for n in shape}
+        out: dict[_Change, None] = {}
+        for field, value in _fields(now.config).items():
+            if field in self._idle:
+                continue
+            for old, new in steps:
+                if type(value) is int and value > 1 and (value * new) % old == 0:
+                    out[field, value * new // old] = None
+                elif type(value) is float and value >= 1 and old / value in sizes:
+                    out[field, value * new / old] = None
+        return [(field, value) for field, value in out if value > 0]
+
+    def _spelt_out(self, now: _Trial) -> _Trial | None:
+        """The config with numbers given that its class works out from others unless they are, under the same name."""
+        agreed: dict[str, set[Number]] = {}
+        for name, value in self._own.numbers.items():
+            agreed.setdefault(name.rpartition(".")[2], set()).add(value)
+        given = {n: v.pop() for n, v in agreed.items() if len(v) == 1 and getattr(now.config, n, None) is None}
+        numbers = [((name,), value) for name, value in given.items() if type(value) is int]
+        found = self._trial(_changed(now.config, numbers))
+        return found if found is not None and found.built == now.built else None
+
+    def _without_idle(self, now: _Trial) -> _Trial:
+        """Without the numbers that were given and do nothing."""
+        config = now.config
+        given = [name for name in vars(config) if vars(self._config).get(name) is None and name in _names(config)]
+        for name in given:
+            plain = copy.deepcopy(config)
+            if name in vars(self._config):
+                setattr(plain, name, None)
+            else:
+                delattr(plain, name)
+            found = self._trial(plain)
+            if found is not None and found.built == now.built:
+                config = plain
+        return self._trial(config) or now
+
+
+def _names(config: Any) -> set[Any]:
+    return {field[0] for field in _fields(config) if len(field) == 1}
+
+
+def _parts(name: str, made: Any, has: Any) -> list[str]:
+    """Names for what differs: each axis on its own, where there are as many."""
+    if not isinstance(made, tuple) or not isinstance(has, tuple) or len(made) != len(has):
+        return [name]
+    return [f"{name}[{axis}]" for axis, (one, other) in enumerate(zip(made, has, strict=True)) if one != other]
+
+
+def _steps(unlike: Mapping[str, tuple[Any, Any]]) -> list[tuple[int, int]]:
+    """The sizes that differ, as (made, has)."""
+    found: dict[tuple[int, int], None] = {}
+    for made, has in unlike.values():
+        one, other = ((side,) if type(side) is int else side for side in (made, has))
+        if isinstance(one, tuple) and isinstance(other, tuple):
+            found |= {(old, new): None for old, new in zip(one, other, strict=False) if old != new and min(old, new) > 0}
+    return list(found)
+
+
+def _best(now: _Trial, found: Iterator[_Trial] | Any, *, bending: bool) -> _Trial | None:
+    """The trial with the least left that is wrong, of those that make nothing wrong that was right."""
+    good = [t for t in found if t.wrong < now.wrong and (bending or t.bent <= now.bent)]
+    return min(good, key=lambda t: (len(t.wrong), len(t.bent)), default=None)
