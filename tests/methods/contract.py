@@ -29,6 +29,7 @@ from secateurs.methods.channels.spa_obspa import Spa
 from secateurs.methods.parameters import rules_of
 from secateurs.methods.weights.global_magnitude import Global
 from secateurs.methods.weights.gradual_magnitude import Gradual
+from secateurs.methods.weights.granet import Neuroregeneration
 from secateurs.methods.weights.random_pruning import Random
 from tests.criteria.models import account, unruly
 
@@ -59,6 +60,7 @@ CASES = {
     # Floors of 3 weights in both layers; a sparsity of 98% leaves 4.
     "global-magnitude": Case("sparsity=75%", "sparsity=98%", Global(minimum=2)),
     "gradual-magnitude": Case("sparsity=75%", "macs<=50%", Gradual(updates=3)),
+    "granet": Case("sparsity=75%", "macs<=50%", Neuroregeneration(updates=6)),
     "random-pruning": Case("sparsity=75%", "sparsity=99.5%", Random("erk")),
     "rethinking-value": Case(
         "macs<=50%", "macs<=1%", Protocol(epochs=2, tune_epochs=1, tune_rates=(0.01,), seeds=(0, 1))

@@ -6,31 +6,34 @@ different width per layer does not, and no `from_pretrained` can load it: that o
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..core.batch import device_of
 from ..core.errors import FileError, MissingExtraError, ModelError, ProofError
 from ..core.folder import replace
+from ..graph.config import fit
+from ..graph.twin import named_tensors
+from .agreement import agree, exporting, outputs
 
 __all__ = ["save_pretrained"]
 
-_Shapes = Mapping[str, tuple[int, ...]]
-
-
-def save_pretrained(model: nn.Module, folder: str | Path) -> Path:
+def save_pretrained(model: nn.Module, folder: str | Path, *, example_inputs: Any = None) -> Path:
     """The folder that `from_pretrained` of the model's class loads.
 
     Numbers of the config that the cut has made wrong (`intermediate_size`, say) are mended in the saved copy, if one
-    number is right for all layers; the model keeps its own. The folder is loaded again and compared, bit for bit.
+    number is right for all layers; the model keeps its own. The folder is loaded again and compared: all tensors bit
+    for bit, and either the outputs or, without inputs, the numbers and classes of all modules.
 
     Args:
         model: a transformers model.
         folder: a new or an empty folder.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keywords, on which the loaded model must
+            compute what the model does. Default: none, which refuses a model whose modules hold a number that the
+            config does not give them, even if it is of no account.
 
     Raises:
         ModelError: it is no transformers model, or its config cannot express its widths; the message names one.
@@ -48,8 +51,8 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> Path:
     place = Path(folder).resolve()
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise FileError(f"{place} is not empty: choose a new folder.")
-    config = _expressed(model)
-    replace(place, lambda fresh: _write(model, config, fresh))
+    config = _expressed(model, strictly=example_inputs is None)
+    replace(place, lambda fresh: _write(model, config, fresh, example_inputs))
     return Path(folder)
 
 
@@ -61,51 +64,23 @@ def _base_class() -> Any:
     return PreTrainedModel
 
 
-def _expressed(model: Any) -> Any:
-    """A copy of the model's config from which a model with its very shapes is built."""
-    wanted = _shapes(model)
-    config = copy.deepcopy(model.config)
-    wrong = _differences(model, config, wanted)
-    for field, number in _candidates(config, wrong):
-        tried = copy.deepcopy(config)
-        setattr(tried, field, number)
-        left = _differences(model, tried, wanted)
-        if left is not None and wrong is not None and len(left) < len(wrong):
-            config, wrong = tried, left
+def _expressed(model: Any, *, strictly: bool) -> Any:
+    """A copy of the model's config from which a model with its very shapes is built and, strictly, its numbers."""
+    found = fit(model)
+    if found.left is None:
+        raise ModelError(f"{type(model).__qualname__} cannot be built from its config: save it with save_model.")
+    shapes = model.state_dict().keys()
+    wrong = [name for name, (made, has) in found.left.items() if strictly or name in shapes or made is None or has is None]
     if wrong:
-        name, (built, has) = next(iter(wrong.items()))
+        made, has = (list(side) if isinstance(side, tuple) else side for side in found.left[wrong[0]])
         raise ModelError(
-            f"the config of {type(model).__qualname__} makes {name!r} {list(built)}, but it is {list(has)}, and no "
-            "one number of the config fits all layers: save it with save_model."
+            f"the config of {type(model).__qualname__} makes {wrong[0]!r} {made}, but it is {has}, and no one number of "
+            "the config fits all layers: save it with save_model."
         )
-    return config
+    return found.config
 
 
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def _differences(model: Any, config: Any, wanted: _Shapes) -> dict[str, tuple[Any, Any]] | None:
-    """Tensors whose shape from the config is not the wanted one, as (built, wanted); None if it builds no model."""
-    try:
-        with torch.device("meta"):
-            built = _shapes(type(model)(config))
-    except (ValueError, RuntimeError, TypeError, ZeroDivisionError):
-        return None
-    names = [*wanted, *(name for name in built if name not in wanted)]
-    return {name: (built.get(name, ()), wanted.get(name, ())) for name in names if built.get(name) != wanted.get(name)}
-
-
-def _candidates(config: Any, wrong: Mapping[str, tuple[Any, Any]] | None) -> list[tuple[str, int]]:
-    """Fields of the config that hold a number which is wrong somewhere, each with what it should be there."""
-    changes = {
-        (old, new) for built, has in (wrong or {}).values() for old, new in zip(built, has, strict=False) if old != new
-    }
-    fields = [(field, value) for field, value in config.to_dict().items() if type(value) is int]
-    return [(field, new) for field, value in fields for old, new in sorted(changes) if value == old]
-
-
-def _write(model: Any, config: Any, folder: Path) -> None:
+def _write(model: Any, config: Any, folder: Path, example_inputs: Any) -> None:
     own = model.config
     try:
         model.config = config
@@ -113,7 +88,31 @@ def _write(model: Any, config: Any, folder: Path) -> None:
     finally:
         model.config = own
     loaded = type(model).from_pretrained(folder, local_files_only=True, dtype=model.dtype)
-    theirs = loaded.state_dict()
-    for name, tensor in model.state_dict().items():
+    theirs = dict(named_tensors(loaded))
+    for name, tensor in named_tensors(model):
         if name not in theirs or not torch.equal(tensor.cpu(), theirs[name]):
             raise ProofError(f"{name!r} comes back from from_pretrained changed: save the model with save_model.")
+    if example_inputs is None:
+        _same_code(model, loaded)
+    else:
+        _same_outputs(model, loaded.to(device_of(model)), example_inputs)
+
+
+def _same_code(model: nn.Module, loaded: nn.Module) -> None:
+    kinds = {path: type(module) for path, module in loaded.named_modules()}
+    for path, module in model.named_modules():
+        if type(module) is not kinds.get(path):
+            raise ModelError(
+                f"{path!r} runs other code since the cut, which a Hugging Face folder does not hold: save the model with "
+                "save_model, or pass example_inputs= to have its own code compared."
+            )
+
+
+def _same_outputs(model: nn.Module, loaded: nn.Module, example_inputs: Any) -> None:
+    with exporting(model), exporting(loaded):
+        found = []
+        for form in (model, loaded):
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                found.append(outputs(form, example_inputs))
+    agree(*found, "what from_pretrained loads", None)

@@ -65,15 +65,18 @@ class Fit:
     left: Mapping[str, tuple[Any, Any]] | None
 
 
-def fit(model: nn.Module) -> Fit:
-    """The numbers of the model's config that build its shapes, as near as one number for all layers comes."""
+def fit(model: nn.Module, *, agreed: bool = False) -> Fit:
+    """The numbers of the model's config that build its shapes, as near as one number for all layers comes.
+
+    Args:
+        agreed: leave a number alone unless it is right for everything that the class makes of it.
+    """
     search = _Search(model)
     if search.first is None:
         return Fit(copy.deepcopy(model.config), {}, None)
-    config = search.run()
-    before, after = _fields(model.config), _fields(config)
-    changes = {field: (before.get(field), new) for field, new in after.items() if before.get(field) != new}
-    return Fit(config, changes, search.left)
+    found = search.run()
+    found = search.agreed(found) if agreed else found
+    return Fit(found.config, search.changes(found), found.built.unlike(built(model)))
 
 
 def mend_config(model: nn.Module) -> Callable[[], None] | None:
@@ -84,12 +87,18 @@ def mend_config(model: nn.Module) -> Callable[[], None] | None:
     """
     if not hasattr(getattr(model, "config", None), "to_dict"):
         return None
-    found = fit(model)
+    found = fit(model, agreed=True)
     if not found.changes:
         return None
-    undo = [_set_field(c, f, new) for c in _configs(model) for f, (old, new) in found.changes.items() if _at(c, f) == old]
+    changes = found.changes.items()
+    undo = [_set_field(c, f, new) for c in _configs(model) for f, (old, new) in changes if _fields(c).get(f) == old]
     undo += _follow(model, found.left or {})
-    return lambda: [put_back() for put_back in reversed(undo)] and None
+
+    def put_back() -> None:
+        for step in reversed(undo):
+            step()
+
+    return put_back
 
 
 def _configs(model: nn.Module) -> list[Any]:
@@ -184,10 +193,6 @@ def _fields(config: Any, around: _Field = ()) -> dict[_Field, Any]:
     return found
 
 
-def _at(config: Any, field: _Field) -> Any:
-    return _fields(config).get(field)
-
-
 def _set_field(config: Any, field: _Field, value: Any) -> Callable[[], None]:
     """Changes a number of the config in place; gives the way back."""
     names = [name for name in field if isinstance(name, str)]
@@ -236,40 +241,50 @@ class _Search:
         self._kind = type(model)
         self._config = copy.deepcopy(model.config)
         self._own = built(model)
-        self.first = _build(self._kind, self._config)
         self._idle: set[_Field] = set()
-        self._last = self.first
+        self.first = _build(self._kind, self._config)
 
-    @property
-    def left(self) -> dict[str, tuple[Any, Any]]:
-        """What the config that was found makes otherwise than the model has it."""
-        return {} if self._last is None else self._last.unlike(self._own)
-
-    def run(self) -> Any:
-        """The config that was found."""
-        now = self._trial(self._config)
-        if now is None or not now.wrong:
-            return self._config
+    def run(self) -> _Trial:
+        """The nearest that was found."""
+        now = self._judged(self._config, self.first)
+        if not now.wrong:
+            return now
         spelt = self._spelt_out(now)
         now = spelt or now
         while now.wrong and (better := self._better(now)):
             now = better
-        now = self._without_idle(now) if spelt else now
-        self._last = now.built
-        return now.config
+        return self._without_idle(now) if spelt else now
+
+    def changes(self, found: _Trial) -> dict[_Field, tuple[Any, Any]]:
+        """Of the fields whose number is another one, the old and the new number."""
+        before = _fields(self._config)
+        return {f: (before.get(f), new) for f, new in _fields(found.config).items() if before.get(f) != new}
+
+    def agreed(self, found: _Trial) -> _Trial:
+        """Without the changes of numbers of which something is made that the model has otherwise."""
+        for field in self.changes(found) if found.wrong else ():
+            without = self._without(found, field)
+            if without is not None and found.wrong & _touched(found.built, without.built):
+                found = without
+        return found
+
+    def _without(self, found: _Trial, field: _Field) -> _Trial | None:
+        return self._trial(
+            _changed(self._config, [(f, new) for f, (_, new) in self.changes(found).items() if f != field])
+        )
 
     def _trial(self, config: Any | None) -> _Trial | None:
         made = None if config is None else _build(self._kind, config)
-        if made is None or self.first is None:
-            return None
+        return None if made is None else self._judged(config, made)
+
+    def _judged(self, config: Any, made: Built) -> _Trial:
         unlike = made.unlike(self._own)
         bent = {name for name, (new, own) in unlike.items() if self._left_alone(name, own) and type(new) is int}
         wrong = {part for name, sides in unlike.items() if name not in bent for part in _parts(name, *sides)}
         return _Trial(config, made, frozenset(wrong), frozenset(bent))
 
     def _left_alone(self, name: str, own: Any) -> bool:
-        assert self.first is not None
-        return type(own) is int and self.first.numbers.get(name) == own
+        return type(own) is int and self.first is not None and self.first.numbers.get(name) == own
 
     def _better(self, now: _Trial) -> _Trial | None:
         """The best next step: one that makes nothing else wrong before one that bends, one change before two."""
@@ -318,22 +333,15 @@ class _Search:
 
     def _without_idle(self, now: _Trial) -> _Trial:
         """Without the numbers that were given and do nothing."""
-        config = now.config
-        given = [name for name in vars(config) if vars(self._config).get(name) is None and name in _names(config)]
-        for name in given:
-            plain = copy.deepcopy(config)
-            if name in vars(self._config):
-                setattr(plain, name, None)
-            else:
-                delattr(plain, name)
-            found = self._trial(plain)
-            if found is not None and found.built == now.built:
-                config = plain
-        return self._trial(config) or now
+        for field, (old, _) in self.changes(now).items():
+            found = self._without(now, field) if old is None else None
+            now = found if found is not None and found.built == now.built else now
+        return now
 
 
-def _names(config: Any) -> set[Any]:
-    return {field[0] for field in _fields(config) if len(field) == 1}
+def _touched(one: Built, other: Built) -> set[str]:
+    """Names of all that differs, as in `_Trial.wrong`."""
+    return {part for name, sides in one.unlike(other).items() for part in _parts(name, *sides)}
 
 
 def _parts(name: str, made: Any, has: Any) -> list[str]:
@@ -349,7 +357,9 @@ def _steps(unlike: Mapping[str, tuple[Any, Any]]) -> list[tuple[int, int]]:
     for made, has in unlike.values():
         one, other = ((side,) if type(side) is int else side for side in (made, has))
         if isinstance(one, tuple) and isinstance(other, tuple):
-            found |= {(old, new): None for old, new in zip(one, other, strict=False) if old != new and min(old, new) > 0}
+            found |= {
+                (old, new): None for old, new in zip(one, other, strict=False) if old != new and min(old, new) > 0
+            }
     return list(found)
 
 

@@ -32,11 +32,13 @@ def digest(model: nn.Module) -> str:
     """A digest of names, shapes, dtypes and values of all parameters and buffers.
 
     It tells one training state from another, not one tampered weight: of large tensors it reads 16,384 values, evenly
-    spread, since hashing all of a model can take longer than pruning it.
+    spread, since hashing all of a model can take longer than pruning it. Tensors on meta have no values.
     """
     sha = hashlib.sha256()
     for name, tensor in sorted(named_tensors(model), key=lambda item: item[0]):
         sha.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        if tensor.is_meta:
+            continue
         values = tensor.detach().flatten()
         sampled = values[:: max(1, -(-values.numel() // _SAMPLE))].cpu().contiguous()
         sha.update(sampled.view(torch.uint8).numpy().tobytes())

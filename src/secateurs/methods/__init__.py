@@ -1,6 +1,6 @@
 """The catalogue: one file a published system, in folders by the unit it prunes. Importing it registers them all."""
 
 from .channels import rethinking_value, spa_obspa
-from .weights import global_magnitude, gradual_magnitude, random_pruning
+from .weights import global_magnitude, gradual_magnitude, granet, random_pruning
 
-__all__ = ["global_magnitude", "gradual_magnitude", "random_pruning", "rethinking_value", "spa_obspa"]
+__all__ = ["global_magnitude", "gradual_magnitude", "granet", "random_pruning", "rethinking_value", "spa_obspa"]
