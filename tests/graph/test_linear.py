@@ -1,4 +1,4 @@
-"""What inference costs grows in proportion to the graph, and not at all with its widths; counted in calls, not seconds."""
+"""What inference costs grows in proportion to the graph, and not at all with its widths: counted in calls."""
 
 from __future__ import annotations
 

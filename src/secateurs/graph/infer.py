@@ -125,15 +125,15 @@ def _freeze_deselected(trace: Trace, kind_of: Mapping[str, str], kinds: frozense
             solver.freeze(atom, f"a {kind} unit, and only {', '.join(sorted(kinds))} were asked for")
         elif atom.name in tangled and not entangled:
             solver.freeze(atom, f"removing differs from zeroing: {tangled[atom.name]}")
+    copies = {a.name for dim in trace.repeats for a in atoms(solver.resolve(dim))}
     for kind_ in trace.params.values():
         for dim in kind_.dims:
-            _freeze_repeats(trace, solver.resolve(dim))
+            _freeze_repeats(trace, solver.resolve(dim), copies)
             _freeze_squares(trace, solver.resolve(dim))
 
 
-def _freeze_repeats(trace: Trace, dim: Dim) -> None:
+def _freeze_repeats(trace: Trace, dim: Dim, copies: set[str]) -> None:
     """Of units that each are repeated, as key-value heads for several query heads, the units can go, not the copies."""
-    copies = {a.name for d in trace.repeats for a in atoms(trace.solver.resolve(d))}
     for part in dim.parts if isinstance(dim, Concat) else (dim,):
         live = {a.name: a for a in atoms(part)}
         if live.keys() - copies:

@@ -7,8 +7,8 @@ from .magnitude import GlobalMagnitude, GradualMagnitude
 from .masking import Masks
 from .pruner import Pruner
 from .random_sparse import RandomSparse, ranked_densities
-from .regularize import slimming_penalty, soft_filter_step
 from .regrowth import Grow, Prolonged, Regrowth, Share
+from .regularize import slimming_penalty, soft_filter_step
 from .scope import canonical_names, prunable_weights
 from .sr_ste import SRSTE
 from .update import Drawn, Moment, Ranked, Regrowing, Rule

@@ -1,7 +1,8 @@
 """Exchange: what a mask update takes from a weight it gives back elsewhere, exactly as much.
 
-One loop holds GraNet, RigL, SET and SNFS: prune to what the schedule asks for; drop a share of the live units of each weight, the least
-important first; grow as many where something promises most. What differs is which schedule, which share, which promise.
+One loop holds GraNet, RigL, SET and SNFS: prune to what the schedule asks for; drop a share of the live units of each
+weight, the least important first; grow as many where something promises most. What differs is which schedule, which
+share, which promise.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ The gradient is dense at those steps only. Its parts are settings of the same lo
 pruning, a constant sparsity is RigL (arXiv 1911.11134), random growth at a constant sparsity is SET (arXiv 1707.04780),
 growth by momentum is SNFS (arXiv 1907.04840). `train.GraNet`, `train.RigL` and `train.SET` bring it to any loop.
 
-Defaults. s_i = 0.5, an ERK start and r_0 = 0.5 are the paper's, r_end = 0.005 its code's. Of the paper's 62,560 steps on
-CIFAR every 1,000th updates the masks, and sparsity rises during the first half: 60 updates here.
+Defaults. s_i = 0.5, an ERK start and r_0 = 0.5 are the paper's, r_end = 0.005 its code's. Of the paper's 62,560 steps
+on CIFAR every 1,000th updates the masks, and sparsity rises during the first half: 60 updates here.
 
 What the code has and the paper does not, and how it is here: it drops by a threshold, so ties make it miss its counts;
 here they are exact. Its last pruning falls one update before the end and misses the target by (s_f - s_i)/n³; here the
