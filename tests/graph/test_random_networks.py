@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secateurs.graph.infer import infer
+from secateurs.graph.infer import KINDS, infer
+from secateurs.graph.structure import Structure
 from tests.graph import nets
 from tests.graph.nets import check
 
@@ -203,9 +205,28 @@ def mixed_along_tokens(draw: Draw, d: int) -> tuple[nn.Module, int]:
     return Do(lambda m, x: F.silu(m.a(x.transpose(1, 2))).transpose(1, 2), a=nn.Conv1d(d, d, 3, padding=1, groups=d)), d
 
 
+def hard_wired_attention(draw: Draw, d: int) -> tuple[nn.Module, int]:
+    """As in Swin: the number of heads, and what follows from it, stand in the code only."""
+    heads = draw(st.sampled_from([h for h in (1, 2, 3, 4) if d % h == 0]))
+
+    def attend(m: Do, x: Tensor) -> Tensor:
+        rows, tokens, width = x.shape
+        q, k, v = m.qkv(x).view(rows, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
+        weights = (q * (width // heads) ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
+        return x + m.out((weights @ v).transpose(1, 2).reshape(rows, tokens, width))
+
+    return Do(attend, qkv=nn.Linear(d, 3 * d), out=nn.Linear(d, d)), d
+
+
+def recurrent(draw: Draw, d: int) -> tuple[nn.Module, int]:
+    after = draw(st.integers(2, 6))
+    layer = draw(st.sampled_from([nn.GRU, nn.LSTM]))(d, after, draw(st.integers(1, 2)), batch_first=True)
+    return Do(lambda m, x: m.layer(x)[0], layer=layer), after
+
+
 SEQUENCES = [
     mlp, gated, projection, projection, layer_norm, attention, fused_attention, grouped_queries, own_attention,
-    encoder_layer, mixed_along_tokens,
+    encoder_layer, mixed_along_tokens, hard_wired_attention, recurrent,
 ]  # fmt: skip
 
 
@@ -227,6 +248,8 @@ def prove_network(model: nn.Module, inputs: Tensor) -> None:
     structure = check(model, inputs, seeds=1)
     assert infer(model, inputs) == structure
     assert structure.unknown == {}
+    assert Structure.from_dict(json.loads(json.dumps(structure.to_dict()))) == structure
+    check(model, inputs, seeds=1, structure=infer(model, inputs, kinds=KINDS, entangled=True))
 
 
 @settings(max_examples=35)
