@@ -161,11 +161,11 @@ def test_a_live_zero_drops_before_what_is_larger_and_a_removed_one_is_not_droppe
 
 
 def test_a_product_just_above_an_integer_drops_that_many() -> None:
-    weights = {"w": torch.arange(40.0).view(1, 40)}
-    masks = {"w": (torch.arange(40) < 30).view(1, 40)}
-    assert 0.1 * 30 > 3
-    dropped, _ = exchanged(rule(weights, 0.1), weights, masks, {"w": torch.ones(1, 40)})
-    assert int(dropped["w"].sum()) == 27
+    weights = {"w": torch.arange(140.0).view(1, 140)}
+    masks = {"w": (torch.arange(140) < 100).view(1, 140)}
+    assert 0.07 * 100 > 7
+    dropped, _ = exchanged(rule(weights, 0.07), weights, masks, {"w": torch.ones(1, 140)})
+    assert int(dropped["w"].sum()) == 93
 
 
 def test_a_dense_weight_has_nowhere_else_to_grow() -> None:

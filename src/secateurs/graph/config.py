@@ -19,6 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
+# So many numbers of a config are changed at once where fewer help nothing, as a width, its projection and its heads.
+_TOGETHER = 3
+
 __all__ = ["Built", "Fit", "fit", "mend_config"]
 
 Number = int | float | tuple[int, ...]
@@ -108,23 +111,13 @@ def _configs(model: nn.Module) -> list[Any]:
 
 
 def _follow(model: nn.Module, left: Mapping[str, tuple[Any, Any]]) -> list[Callable[[], None]]:
-    """Sets integers as the config makes them, in modules of which it makes all shapes; gives the ways back."""
-    shapes = {name for name, (made, _) in left.items() if not _is_number(model, name)}
+    """Sets integers of modules as the config makes them; gives the ways back."""
     undo = []
     for name, (made, has) in left.items():
         path, _, attribute = name.rpartition(".")
-        inside = any(not path or shape.startswith(f"{path}.") for shape in shapes)
-        if name not in shapes and not inside and type(made) is type(has) is int:
+        if type(made) is type(has) is int:
             undo.append(_set(model.get_submodule(path), attribute, made))
     return undo
-
-
-def _is_number(model: nn.Module, name: str) -> bool:
-    path, _, attribute = name.rpartition(".")
-    try:
-        return _number(vars(model.get_submodule(path)).get(attribute)) is not None
-    except AttributeError:
-        return False
 
 
 def _set(holder: Any, name: str, value: Any) -> Callable[[], None]:
@@ -251,7 +244,7 @@ class _Search:
             return now
         spelt = self._spelt_out(now)
         now = spelt or now
-        while now.wrong and (better := self._better(now)):
+        while (now.wrong or now.bent) and (better := self._better(now)):
             now = better
         return self._without_idle(now) if spelt else now
 
@@ -287,18 +280,22 @@ class _Search:
         return type(own) is int and self.first is not None and self.first.numbers.get(name) == own
 
     def _better(self, now: _Trial) -> _Trial | None:
-        """The best next step: one that makes nothing else wrong before one that bends, one change before two."""
+        """The best next step: one that makes nothing else wrong before one that bends, few changes before many."""
         singles = {change: found for change in self._candidates(now) if (found := self._tried(now, [change]))}
-        helpful = [c for c, t in singles.items() if now.wrong - t.wrong]
-        if found := _best(now, singles.values(), bending=False):
-            return found
-        pairs = [p for p in combinations(helpful, 2) if p[0][0] != p[1][0]]
-        doubles = [t for pair in pairs if (t := self._tried(now, pair))]
-        return (
-            _best(now, doubles, bending=False)
-            or _best(now, singles.values(), bending=True)
-            or _best(now, doubles, bending=True)
-        )
+        related = [change for change, found in singles.items() if self._concerns(found, now)]
+        bending = None
+        for number in range(1, _TOGETHER + 1):
+            tried = [self._tried(now, c) for c in _together(related, number)] if number > 1 else list(singles.values())
+            if found := _best(now, tried, bending=False):
+                return found
+            bending = bending or _best(now, tried, bending=True)
+        return bending
+
+    def _concerns(self, found: _Trial, now: _Trial) -> bool:
+        """Whether a change has to do with what is wrong, and leaves the model its tensors."""
+        if found.built.shapes.keys() != now.built.shapes.keys():
+            return False
+        return bool(_touched(found.built, now.built) & (now.wrong | now.bent))
 
     def _tried(self, now: _Trial, changes: Sequence[_Change]) -> _Trial | None:
         found = self._trial(_changed(now.config, changes))
@@ -308,17 +305,21 @@ class _Search:
 
     def _candidates(self, now: _Trial) -> list[_Change]:
         """Fields with a number that one of the sizes that are wrong may be made of, changed in the same proportion."""
-        steps = _steps(now.built.unlike(self._own))
-        sizes = {n for shape in now.built.shapes.values() for n in shape}
+        unlike = now.built.unlike(self._own)
+        steps = _steps(unlike)
+        # What a number is divided by grows where the quotient shrinks.
+        steps += [(new, old) for old, new in _steps({name: unlike[name] for name in now.bent})]
+        sums = [has - made for made, has in unlike.values() if type(made) is type(has) is int]
         out: dict[_Change, None] = {}
         for field, value in _fields(now.config).items():
-            if field in self._idle:
+            if field in self._idle or value <= 1 - isinstance(value, float):
                 continue
-            for old, new in steps:
-                if type(value) is int and value > 1 and (value * new) % old == 0:
-                    out[field, value * new // old] = None
-                elif type(value) is float and value >= 1 and old / value in sizes:
-                    out[field, value * new / old] = None
+            if type(value) is int:
+                out |= {(field, value * new // old): None for old, new in steps if (value * new) % old == 0}
+                out |= {(field, value + more): None for more in sums}
+            else:
+                sizes = {n for shape in now.built.shapes.values() for n in shape}
+                out |= {(field, value * new / old): None for old, new in steps if old / value in sizes}
         return [(field, value) for field, value in out if value > 0]
 
     def _spelt_out(self, now: _Trial) -> _Trial | None:
@@ -363,7 +364,18 @@ def _steps(unlike: Mapping[str, tuple[Any, Any]]) -> list[tuple[int, int]]:
     return list(found)
 
 
-def _best(now: _Trial, found: Iterator[_Trial] | Any, *, bending: bool) -> _Trial | None:
+def _together(changes: Sequence[_Change], number: int) -> list[tuple[_Change, ...]]:
+    """Changes of so many different fields."""
+    return [some for some in combinations(changes, number) if len({field for field, _ in some}) == number]
+
+
+def _best(now: _Trial, found: Sequence[_Trial | None], *, bending: bool) -> _Trial | None:
     """The trial with the least left that is wrong, of those that make nothing wrong that was right."""
-    good = [t for t in found if t.wrong < now.wrong and (bending or t.bent <= now.bent)]
+    good = [
+        trial
+        for trial in found
+        if trial is not None
+        and (trial.wrong < now.wrong or (trial.wrong == now.wrong and trial.bent < now.bent))
+        and (bending or trial.bent <= now.bent)
+    ]
     return min(good, key=lambda t: (len(t.wrong), len(t.bent)), default=None)

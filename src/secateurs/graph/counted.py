@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -89,7 +89,7 @@ def _fields(config: Any) -> dict[str, Any]:
 def _fields_counting(module: nn.Module, container: str, block: str) -> tuple[list[str], list[str]]:
     config, kind = module.config, type(module)
     less = _shapes(drop(meta_twin(module), Edits(), (block,)))
-    if _built(kind, config) != _shapes(module):
+    if _built(kind, lambda: config) != _shapes(module):
         return [], []
     count = len(module.get_submodule(container)._modules)
     lists = [
@@ -98,11 +98,14 @@ def _fields_counting(module: nn.Module, container: str, block: str) -> tuple[lis
         if isinstance(held, (list, tuple)) and len(held) == count > 1 and any(word in name for word in _WORDS)
     ]
     place = list(module.get_submodule(container)._modules).index(block.rpartition(".")[2])
+
+    def builds(field: str, along: list[str]) -> bool:
+        return _built(kind, lambda: _less(config, field, along, place)) == less
+
     for field in _counting(config, count):
         for along in ([], lists):
-            if _built(kind, _less(config, field, along, place)) == less:
-                follow = [n for n in lists if n in along or _built(kind, _less(config, field, [n], place)) == less]
-                return [field], follow
+            if builds(field, along):
+                return [field], [name for name in lists if name in along or builds(field, [name])]
     return [], []
 
 
@@ -127,11 +130,11 @@ def _less(config: Any, field: str, lists: list[str], place: int) -> Any:
     return tried
 
 
-def _built(kind: type[nn.Module], config: Any) -> _Shapes | None:
-    """Shapes of the tensors of a module of that class made from the config; None if that cannot be."""
+def _built(kind: type[nn.Module], config: Callable[[], Any]) -> _Shapes | None:
+    """Shapes of the tensors of a module of that class made from a config; None if that cannot be."""
     try:
         with torch.random.fork_rng([]), torch.device("meta"):
-            return _shapes(kind(config))
+            return _shapes(kind(config()))
     except Exception:  # noqa: BLE001  (constructors raise anything where numbers do not go together)
         return None
 

@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, get_overridable_functions, resolve_name
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..core.batch import device_of, leaves
 from ..core.errors import FileError, ModelError
 from .comparing import Differs, follow_dtype, follow_training, leading_batch, merged, overlaid, training_by_name
-from .run import execute
+from .run import Executing
 from .templates import described, mapped
 from .twin import shared_twin
 
@@ -89,16 +88,6 @@ def recorded(module: nn.Module, calls: Sequence[Arguments]) -> dict[str, Any]:
     with contextlib.suppress(Differs):
         same = overlaid(same, plain, double, follow_dtype) if double else same
     return {"signature": _signature(module), "batch": key, **same}
-
-
-class _Executing(TorchDispatchMode):
-    """Lets tensors on meta meet real ones."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # PyTorch leaves it unannotated
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        return execute(func, args, kwargs or {})
 
 
 class _Recorder(TorchFunctionMode):
@@ -262,7 +251,7 @@ def _recording(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     before = _held(module)
     device = device_of(module)
     forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    with forked, torch.enable_grad(), _Executing(), recorder:
+    with forked, torch.enable_grad(), Executing(), recorder:
         output = module.forward(*args, **kwargs)
     recorder.end(output)
     changed = sorted(name for name, value in _held(module).items() if before.get(name) is not value)
