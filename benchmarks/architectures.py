@@ -90,7 +90,7 @@ COLLECTIONS = {
         "torchvision's classifiers, segmenters, video and optical-flow models",
         1.0,
         "all but detection and quantized models; random weights; pictures of 224×224 (Inception 299×299), clips of "
-        "16 frames of 112×112 (MViT 224×224), RAFT pairs of 128×128",
+        "16 frames of 112×112 (MViT and S3D 224×224), RAFT pairs of 128×128",
     ),
     "timm": Collection(
         "the smallest model of each timm module", 0.95, "random weights; one picture of the model's default size"
@@ -127,7 +127,7 @@ def _torchvision_case(name: str) -> tuple[nn.Module, Any]:
     if name in models.list_models(models.optical_flow):
         return model, (torch.randn(1, 3, 128, 128), torch.randn(1, 3, 128, 128))
     if name in models.list_models(models.video):
-        pixels = 224 if name.startswith("mvit") else 112
+        pixels = 224 if name.startswith(("mvit", "s3d")) else 112
         return model, torch.randn(1, 3, 16, pixels, pixels)
     pixels = 299 if name.startswith("inception") else 224
     return model, torch.randn(1, 3, pixels, pixels)

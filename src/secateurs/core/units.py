@@ -9,7 +9,7 @@ Both can `lift` an elementwise saliency to unit scores and `spread` a decision o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -26,6 +26,7 @@ __all__ = [
     "Reduce",
     "WeightGroup",
     "combine",
+    "marginals",
     "normalized",
     "reduce_rows",
     "reduce_units",
@@ -233,6 +234,17 @@ def reduce_rows(values: Tensor, reduce: Reduce = "sum") -> Tensor:
     if reduce == "max":
         return values.amax(axes).to(wide)
     return values.sum(axes, dtype=wide) if reduce == "sum" else values.mean(axes, dtype=wide)
+
+
+def marginals(values: Tensor, axes: Iterable[int], reduce: Reduce = "sum") -> dict[int, Tensor]:
+    """`reduce_rows` along each of `axes`; what none of them runs over is reduced once for all."""
+    wanted = set(axes)
+    others = [axis for axis in range(values.dim()) if axis not in wanted]
+    if len(wanted) < 2 or not others or reduce == "max":
+        return {axis: reduce_rows(values.movedim(axis, 0), reduce) for axis in wanted}
+    wide = torch.promote_types(values.dtype, torch.float32)
+    inner = values.sum(others, dtype=wide) if reduce == "sum" else values.mean(others, dtype=wide)
+    return {axis: reduce_rows(inner.movedim(i, 0), reduce) for i, axis in enumerate(sorted(wanted))}
 
 
 def _reduce_positions(rows: Tensor, units: Tensor, size: int, reduce: Reduce) -> Tensor:

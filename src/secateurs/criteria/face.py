@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core.batch import Loss, take
+from ..core.depth import LayerGroup
 from ..core.errors import ModelError, OptionError
 from ..core.finite import all_finite
-from ..core.units import Cache, ChannelGroup, Group, WeightGroup, normalized, reduce_rows
+from ..core.units import Cache, ChannelGroup, Group, WeightGroup, marginals, normalized
 from .lifting import Lift, lifted, resolve, select
 from .registry import Criterion, criteria, get_criterion
 
@@ -43,7 +44,7 @@ def score(
             function `(model, groups, *, data, loss, seed) -> {group name: scores}` that may leave out the keywords it
             does not want.
         model: where the groups' tensors live; on any device.
-        groups: channel groups and weight groups, no two of the same name.
+        groups: groups of channels, of layers and of weights, no two of the same name.
         data: batches (see `core.batch`), for criteria that need them; `synflow` looks at the shape of the first one.
         loss: `(output, target) -> scalar`; default: `core.batch.default_loss`.
         seed: for everything random; results do not depend on, and do not change, the global random state.
@@ -104,13 +105,19 @@ def _check_groups(criterion: Criterion, groups: Sequence[Group]) -> None:
     if twice:
         raise OptionError(f"group names must differ, but {', '.join(map(repr, twice))} occur more than once.")
     for group in groups:
-        kind = "weight" if isinstance(group, WeightGroup) else "channel"
+        kind = _kind_of(group)
         if kind not in criterion.groups:
             others = ", ".join(c.name for c in criteria() if kind in c.groups)
             raise OptionError(
                 f"criterion {criterion.name!r} scores {' and '.join(criterion.groups)} groups, but {group.name!r} is a "
                 f"{kind} group; for it use one of {others}."
             )
+
+
+def _kind_of(group: Group) -> str:
+    if isinstance(group, WeightGroup):
+        return "weight"
+    return "layer" if isinstance(group, LayerGroup) else "channel"
 
 
 def check_finite(model: nn.Module) -> None:
@@ -159,11 +166,11 @@ def _from_entries(
     for names in [tuple(parameters)] if criterion.needs else [(name,) for name in parameters]:
         for name, values in criterion.evaluate(model, names, supplied).items():
             _check_saliency(criterion, name, values, parameters[name])
-            rows: Cache = {
-                (name, a, lift.reduce): reduce_rows(values.movedim(a, 0), lift.reduce) for a in axes.get(name, ())
-            }
-            cache.update(rows)
-            saliency.update({} if name in axes else {name: values})
+            rows = marginals(values, axes.get(name, ()), lift.reduce)
+            cache.update({(name, axis, lift.reduce): along for axis, along in rows.items()})
+            saliency.update({} if rows else {name: values})
+            # A sum has no number where an entry has none, and is much shorter.
+            _check_numbers(criterion, name, next(iter(rows.values())) if rows and lift.reduce != "max" else values)
     for group in parts:
         found = lifted(group, saliency, lift, signed=criterion.signed, finish=finish, cache=cache)
         if found is None:
@@ -190,6 +197,9 @@ def _check_saliency(criterion: Criterion, name: str, values: Tensor, parameter: 
             f"criterion {criterion.name!r} returned shape {tuple(values.shape)} for {name!r} of shape "
             f"{tuple(parameter.shape)}: it must return one value per entry."
         )
+
+
+def _check_numbers(criterion: Criterion, name: str, values: Tensor) -> None:
     if not all_finite(values):
         raise ModelError(
             f"criterion {criterion.name!r} gave NaN or infinite values for {name!r}: look at the loss and the data, "

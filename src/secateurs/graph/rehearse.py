@@ -22,7 +22,7 @@ from .follower import Misses, follow
 from .mend import apply_edits, matching_attributes
 from .run import place
 from .trace import OpRecord, Trace
-from .twin import meta_twin, named_tensors, set_mode, shared_twin, twin
+from .twin import named_tensors, set_mode, shared_twin, twin
 
 __all__ = ["rehearse"]
 
@@ -131,7 +131,7 @@ def _counts(trace: Trace) -> dict[str, int]:
 
 
 class _Stage:
-    """A copy of the model at larger sizes, kept for as long as the sizes stay: copying can take longer than a run."""
+    """A copy of the model at larger sizes. On shapes it is the one that was traced: copying takes longer than a run."""
 
     def __init__(self, model: nn.Module, example_inputs: Any, trace: Trace) -> None:
         self.trace = trace
@@ -156,9 +156,14 @@ class _Stage:
 
     def _larger(self, counts: Mapping[str, int]) -> nn.Module:
         trace, resolve = self.trace, self.trace.solver.resolve
-        shapes = {n: torch.Size(size(resolve(d), counts) for d in k.dims) for n, k in trace.params.items()}
-        copy = _grown(self._model, trace, counts) if trace.real else meta_twin(self._model, shapes)
-        return set_mode(copy, trace.training)
+        if trace.real or trace.copy is None:
+            return set_mode(_grown(self._model, trace, counts), trace.training)
+        apply_edits(trace.copy, self._edited, {})
+        for name, tensor in named_tensors(trace.copy):
+            if name in trace.params and tensor.is_meta:
+                shape = [size(resolve(dim), counts) for dim in trace.params[name].dims]
+                tensor.data = torch.empty(shape, dtype=tensor.dtype, device="meta")
+        return trace.copy
 
 
 def _grown(model: nn.Module, trace: Trace, counts: Mapping[str, int]) -> nn.Module:

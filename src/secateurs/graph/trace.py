@@ -135,12 +135,13 @@ class Trace:
 
     `heads` holds, of each product of activations, the axis it is batched over and its other axes; `repeats` the axes
     that are copies; `aligned` axes whose size a kernel wants to be a multiple.
-    Ops, spans (by the path of the module, in the order of its calls) and MACs are of this run; all else may be shared
-    by the traces of several runs of one model.
+    `copy` is the model that ran. Ops, spans (by the path of the module, in the order of its calls) and MACs are of this
+    run; all else may be shared by the traces of several runs of one model.
     """
 
     training: bool = False
     real: bool = False
+    copy: nn.Module | None = None
     ops: list[OpRecord] = field(default_factory=list)
     spans: dict[str, list[Span]] = field(default_factory=dict)
     macs: list[tuple[tuple[Dim, ...], str]] = field(default_factory=list)
@@ -164,7 +165,7 @@ class Trace:
 
     def another(self, training: bool) -> Trace:
         """An empty trace of another run, which adds to the same types."""
-        return replace(self, training=training, ops=[], spans={}, macs=[], doubted=[])
+        return replace(self, training=training, copy=None, ops=[], spans={}, macs=[], doubted=[])
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..core.batch import call, device_of
 from ..core.errors import ModelError
@@ -61,20 +62,24 @@ def _traced(model: nn.Module, inputs: Any, trace: Trace) -> Trace:
     placed = place(inputs, device_of(model) if trace.real else "meta")
     with running(model) as module:
         tracer = Tracer(names, module, trace)
-        for path, part in model.named_modules():
-            _observe(tracer, path, part)
+        hooks = [hook for path, part in model.named_modules() for hook in _observe(tracer, path, part)]
         with tracer:
             output = call(model, placed)
+    for hook in hooks:
+        hook.remove()
+    trace.copy = model
     outputs = output_tensors(output)
     if not outputs:
         raise ModelError(f"no tensor is found in the model's output, a {type(output).__name__}; return tensors.")
     return tracer.finish(outputs)
 
 
-def _observe(tracer: Tracer, path: str, module: nn.Module) -> None:
+def _observe(tracer: Tracer, path: str, module: nn.Module) -> list[RemovableHandle]:
     starts: list[int] = []
-    module.register_forward_pre_hook(lambda _m, _i: starts.append(len(tracer.trace.ops)))
-    module.register_forward_hook(lambda _m, _i, output: tracer.leave(path, starts.pop(), output))
+    return [
+        module.register_forward_pre_hook(lambda _m, _i: starts.append(len(tracer.trace.ops))),
+        module.register_forward_hook(lambda _m, _i, output: tracer.leave(path, starts.pop(), output)),
+    ]
 
 
 def _shapes(inputs: Any) -> str:
