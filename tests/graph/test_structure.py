@@ -69,7 +69,15 @@ FOUND: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, tuple[str, int]]]
     "flatten": (nets.LeNet, drawn(2, 2, 2, 2), {"conv": ("channel", 3)}),
     "shuffle": (nets.ChannelShuffle, images, {"first": ("channel", 2), "first#2": ("channel", 3)}),
     "nn.ChannelShuffle": (lambda: between(nn.ChannelShuffle(2)), images, {"0": ("channel", 2), "0#2": ("channel", 3)}),
-    "ShuffleNetV2": (nets.ShuffleUnit, images, {"branches.0.0": ("channel", 4), "branches.1.0": ("channel", 4)}),
+    # The halves that `chunk` takes, and the two that a shuffle interleaves, shrink alike.
+    "ShuffleNetV2": (
+        nets.ShuffleUnit,
+        images,
+        {
+            "stem": ("channel", 2), "stem#2": ("channel", 4), "branches.0.0": ("channel", 4),
+            "branches.1.0": ("channel", 4),
+        },
+    ),  # fmt: skip
     "squeeze and excite": (nets.SqueezeExcite, images, {"conv": ("channel", 8), "reduce": ("channel", 3)}),
     "layer scale": (nets.LayerScale, rows, {"stem": ("channel", 6)}),
     "gated, fused": (lambda: nets.Gated(True), rows, {"up": ("channel", 7)}),

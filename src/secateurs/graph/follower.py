@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from traceback import walk_tb
@@ -18,6 +17,7 @@ from ..core.batch import call
 from ..core.dims import Dim, size
 from .run import execute, running, tensors_in
 from .trace import UNRECORDED, Seen, Span, Trace, base_name, bound, numbers
+from .twin import unchanged
 
 __all__ = ["Misses", "follow"]
 
@@ -56,9 +56,9 @@ def follow(model: nn.Module, inputs: Any, trace: Trace, sized: Callable[[Dim], i
     """
     follower = _Follower(trace, sized)
     guarded = {} if trace.real else {p: m for p, m in model.named_modules() if p in trace.spans}
-    with running(model), ExitStack() as guards:
+    with unchanged(model), running(model):
         for path, module in guarded.items():
-            guards.enter_context(_guarded(model, path, module, follower))
+            _guard(model, path, module, follower)
         try:
             with follower:
                 call(model, inputs)
@@ -155,9 +155,8 @@ def _differ(ints: Sequence[int], others: Sequence[int]) -> bool:
     return len(ints) != len(others) or any(a != b and -1 not in (a, b) for a, b in zip(ints, others, strict=True))
 
 
-@contextmanager
-def _guarded(model: nn.Module, path: str, module: nn.Module, follower: _Follower) -> Iterator[None]:
-    """Inside, `module` has a forward that skips what is known and survives a failure."""
+def _guard(model: nn.Module, path: str, module: nn.Module, follower: _Follower) -> None:
+    """Give `module` a forward that skips what is known and survives a failure."""
     forward, spans, known = module.forward, iter(follower.trace.spans[path]), _sizeless(module)
 
     @wraps(forward)
@@ -175,14 +174,7 @@ def _guarded(model: nn.Module, path: str, module: nn.Module, follower: _Follower
             return follower.returned(span)
         return output
 
-    own = vars(module).get("forward")
     module.forward = guarded
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
 
 
 # Modules of these files take every size that a cut can change from their tensors, or from integers that mend knows.

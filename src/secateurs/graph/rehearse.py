@@ -56,6 +56,10 @@ def rehearse(model: nn.Module, example_inputs: Any, traces: Sequence[Trace]) -> 
     for _ in range(_ROUNDS):
         if not (found := run()):
             return frozenset(blamed)
+        if equal := _equal_parts(found):
+            for one, other, why in equal:
+                traces[0].solver.unify(one, other, why)
+            continue
         proposals: dict[str, Dim] = {}
         for trace, misses in found:
             proposals.update(_proposals(model, trace, misses, tried))
@@ -237,6 +241,17 @@ def _placed_numbers(model: nn.Module, record: OpRecord, resolve: Callable[[Dim],
     if not record.slots or numbers != record.ints[: len(numbers)]:
         return {}
     return {f"{record.module}.numbers[{i}]": resolve(dim) for i, dim in record.slots.items() if i < len(numbers)}
+
+
+def _equal_parts(found: _Found) -> list[tuple[Dim, Dim, str]]:
+    """Parts of equal size into which Python split an axis, so that they can only shrink alike, as those of `chunk`."""
+    ties: list[tuple[Dim, Dim, str]] = []
+    for trace, misses in found:
+        for record in (trace.ops[number] for number in misses.shapes if trace.ops[number].name == "split"):
+            for first, *others in zip(*(map(trace.solver.resolve, part) for part in record.dims), strict=True):
+                equal = [dim for dim in others if dim != first and size(dim) == size(first)]
+                ties += [(first, dim, f"equal parts in {record.module}") for dim in equal]
+    return ties
 
 
 def _ties(model: nn.Module, found: _Found) -> list[tuple[Dim, Dim, str]]:

@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ..core.batch import call, device_of
 from ..core.errors import ModelError
 from . import rules as _rules  # noqa: F401  (registers the rules)
 from .run import output_tensors, place, running
 from .trace import Trace, Tracer
-from .twin import meta_twin, named_tensors, set_mode, shared_twin
+from .twin import meta_twin, named_tensors, set_mode, shared_twin, unchanged
 
 __all__ = ["trace_model"]
 
@@ -60,13 +59,12 @@ def _traced(model: nn.Module, inputs: Any, trace: Trace) -> Trace:
     set_mode(model, trace.training)
     names = {id(t): name for name, t in named_tensors(model)}
     placed = place(inputs, device_of(model) if trace.real else "meta")
-    with running(model) as module:
+    with unchanged(model), running(model) as module:
         tracer = Tracer(names, module, trace)
-        hooks = [hook for path, part in model.named_modules() for hook in _observe(tracer, path, part)]
+        for path, part in model.named_modules():
+            _observe(tracer, path, part)
         with tracer:
             output = call(model, placed)
-    for hook in hooks:
-        hook.remove()
     trace.copy = model
     outputs = output_tensors(output)
     if not outputs:
@@ -74,12 +72,10 @@ def _traced(model: nn.Module, inputs: Any, trace: Trace) -> Trace:
     return tracer.finish(outputs)
 
 
-def _observe(tracer: Tracer, path: str, module: nn.Module) -> list[RemovableHandle]:
+def _observe(tracer: Tracer, path: str, module: nn.Module) -> None:
     starts: list[int] = []
-    return [
-        module.register_forward_pre_hook(lambda _m, _i: starts.append(len(tracer.trace.ops))),
-        module.register_forward_hook(lambda _m, _i, output: tracer.leave(path, starts.pop(), output)),
-    ]
+    module.register_forward_pre_hook(lambda _m, _i: starts.append(len(tracer.trace.ops)))
+    module.register_forward_hook(lambda _m, _i, output: tracer.leave(path, starts.pop(), output))
 
 
 def _shapes(inputs: Any) -> str:

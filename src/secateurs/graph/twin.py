@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .modules import MultiheadAttention
 
-__all__ = ["attention_swaps", "meta_twin", "named_tensors", "set_mode", "shared_twin", "swap_attention", "twin"]
+__all__ = [
+    "attention_swaps",
+    "meta_twin",
+    "named_tensors",
+    "set_mode",
+    "shared_twin",
+    "swap_attention",
+    "twin",
+    "unchanged",
+]
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -77,6 +88,22 @@ def set_mode(model: nn.Module, training: bool) -> nn.Module:
         for module in model.modules():
             module.training = next(module.children(), None) is not None
     return model
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Afterwards, attributes and hooks of every module, and what its lists and dictionaries hold, are as before."""
+    before = [(module, {name: _shallow(value) for name, value in vars(module).items()}) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, held in before:
+            vars(module).clear()
+            vars(module).update(held)
+
+
+def _shallow(value: Any) -> Any:
+    return copy.copy(value) if isinstance(value, (dict, list, set)) else value
 
 
 def attention_swaps(model: nn.Module) -> tuple[str, ...]:
