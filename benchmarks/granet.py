@@ -40,6 +40,7 @@ class Setting:
         lr, weight_decay: of momentum SGD, cosine to 0.
         seeds: one training each.
         about: data and network in words.
+        note: what else a reader must know.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Setting:
     weight_decay: float
     seeds: tuple[int, ...]
     about: str
+    note: str = ""
 
     @property
     def steps(self) -> int:
@@ -59,15 +61,18 @@ class Setting:
 
 
 def on_digits() -> Setting:
-    """The MLP of the other digits benchmarks."""
+    """The MLP of the other digits benchmarks, with Kaiming's initial weights as in that of random pruning."""
 
     def data(seed: int):
         part, test = digits.digits(seed)
         return digits.epochs_of(part, seed), [test]
 
     return Setting(
-        "granet", lambda seed: digits.mlp(seed=seed), data, epochs=40, batches=20, every=20, lr=0.1, weight_decay=0.0,
-        seeds=SEEDS, about="scikit-learn digits, 1,000 train / 797 test, MLP 64-100-50-10, 40 epochs",
+        "granet", lambda seed: digits.mlp(seed=seed, kaiming=True), data, epochs=40, batches=20, every=20, lr=0.1,
+        weight_decay=0.0, seeds=SEEDS, about="scikit-learn digits, 1,000 train / 797 test, MLP, 40 epochs",
+        note="The MLP is 64-100-50-10 with Kaiming's initial weights. With PyTorch's smaller ones, in another run, what"
+        " starts sparse did worse (RigL 91.5, SET 58.7, static masks 53.0 at 95%; 63.4, 8.9 and 11.2 at 98%) and every "
+        "verdict was the same. At 98% SET and static masks start with 238 weights and learn next to nothing.",
     )  # fmt: skip
 
 
@@ -178,7 +183,7 @@ def run(setting: Setting) -> None:
         note=f"Every arm takes {setting.steps} steps of momentum SGD, rate {setting.lr} with a cosine to 0, and an "
         f"update every {setting.every} steps. GraNet prunes in the first half and exchanges until 90%; RigL and SET "
         "until 75%, from ERK masks. One-shot trains dense for half of the steps and has the other half, with the rate "
-        f"anew, after pruning. Less than {TIE} points apart is called a tie.",
+        f"anew, after pruning. Less than {TIE} points apart is called a tie. {setting.note}".rstrip(),
         command="python -m benchmarks.granet" + (" cifar" if setting.name == "granet_cifar" else ""),
     )
 

@@ -73,11 +73,8 @@ FOUND: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, tuple[str, int]]]
     "ShuffleNetV2": (
         nets.ShuffleUnit,
         images,
-        {
-            "stem": ("channel", 2), "stem#2": ("channel", 4), "branches.0.0": ("channel", 4),
-            "branches.1.0": ("channel", 4),
-        },
-    ),  # fmt: skip
+        {"stem": ("channel", 2), "branches.0.0": ("channel", 4), "branches.1.0": ("channel", 4)},
+    ),
     "squeeze and excite": (nets.SqueezeExcite, images, {"conv": ("channel", 8), "reduce": ("channel", 3)}),
     "layer scale": (nets.LayerScale, rows, {"stem": ("channel", 6)}),
     "gated, fused": (lambda: nets.Gated(True), rows, {"up": ("channel", 7)}),

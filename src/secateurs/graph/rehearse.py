@@ -128,10 +128,13 @@ def _give_up_all(found: _Found, tried: dict[str, list[Dim]]) -> bool:
 
 
 def _counts(trace: Trace) -> dict[str, int]:
-    """A larger size for every live atom; sizes of neighbours differ, so that one cannot pass for another."""
+    """A larger size for every live atom, such that one, or a sum of some, seldom passes for another by chance.
+
+    Real tensors grow less, since they are computed with.
+    """
     live = {a.name: a.n for k in trace.params.values() for d in k.dims for a in atoms(trace.solver.resolve(d))}
-    steps = trace.multiples()
-    return {name: n + steps.get(name, 1) * (1 + number % 11) for number, (name, n) in enumerate(live.items())}
+    steps, spread = trace.multiples(), 11 if trace.real else 101
+    return {name: n + steps.get(name, 1) * (1 + 37 * number % spread) for number, (name, n) in enumerate(live.items())}
 
 
 class _Stage:
