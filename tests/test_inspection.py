@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 
 import secateurs as sec
 from secateurs.core.errors import FileError, OptionError
+from secateurs.core.pq import pq_index
+from secateurs.criteria import score
 from secateurs.graph.cut import cut
 from secateurs.graph.infer import infer
 from secateurs.graph.structure import Structure
@@ -220,4 +224,32 @@ def test_widths_under_a_norm_go_where_all_widths_are_asked_for() -> None:
 def test_a_model_without_values_is_inspected_as_one_with() -> None:
     with torch.device("meta"):
         empty = Separable()
-    assert inspect(empty, IMAGE) == inspect(Separable(), IMAGE)
+    found = inspect(Separable(), IMAGE)
+    unknown = [replace(group, index=None, bound=None) for group in found.groups]
+    assert inspect(empty, IMAGE) == replace(found, groups=tuple(unknown))
+
+
+def test_the_index_and_its_bound_are_those_of_what_is_pruned() -> None:
+    model = nn.Sequential(nn.Linear(1, 4, bias=False), nn.ReLU(), nn.Linear(4, 2, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[0.0], [0.0], [5.0], [0.0]]))
+        model[2].weight.copy_(torch.tensor([[1.0, -1.0, 1.0, 1.0], [-1.0, 1.0, 1.0, 1.0]]))
+    single = {g.name: (g.index, g.bound) for g in inspect(model, torch.ones(1, 1), granularity="weight").groups}
+    assert single == {"0.weight": (pytest.approx(0.75), 1), "2.weight": (pytest.approx(0), 8)}
+    blocks = {g.name: (g.index, g.bound) for g in inspect(model, torch.ones(1, 1), granularity="block:2x1").groups}
+    # Two blocks with all in one: 1 - 2^(1 - 2).
+    assert blocks == {"0.weight": (pytest.approx(0.5), 1), "2.weight": (pytest.approx(0), 4)}
+    (channels,) = inspect(model, torch.ones(1, 1)).groups
+    scores = score("magnitude", model, infer(model, torch.ones(1, 1)).groups)["0"]
+    assert channels.index == pytest.approx(float(pq_index(scores)))
+    assert channels.bound == math.ceil(4 * (1 - channels.index))
+
+
+@pytest.mark.parametrize("granularity", ["channel", "weight"])
+def test_what_has_no_numbers_has_no_index(granularity: str) -> None:
+    model = mlp()
+    with torch.no_grad():
+        model[2].weight[0, 0] = float("nan")
+    assert {(g.index, g.bound) for g in inspect(model, torch.ones(2, 6), granularity=granularity).groups} == {
+        (None, None)
+    }

@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from .report.inspection import Inspection
     from .train.granet import SET, GraNet, RigL
     from .train.magnitude import GlobalMagnitude, GradualMagnitude
+    from .train.pdp import PDP
     from .train.random_sparse import RandomSparse
     from .train.sr_ste import SRSTE
 
 __all__ = [
+    "PDP",
     "SET",
     "SRSTE",
     "Budget",
@@ -53,6 +55,7 @@ _HOMES = {
     "GraNet": "train.granet",
     "GradualMagnitude": "train.magnitude",
     "Inspection": "report.inspection",
+    "PDP": "train.pdp",
     "Plan": "graph.plan",
     "Pruned": "pruning",
     "RandomSparse": "train.random_sparse",

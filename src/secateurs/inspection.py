@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .core.units import ChannelGroup, Member, WeightGroup
+from .core.depth import LayerGroup
+from .core.errors import ModelError
+from .core.pq import fewest, pq_index
+from .core.units import ChannelGroup, WeightGroup
+from .criteria.face import check_finite, score
 from .graph.cut import cut
+from .graph.depth import infer_layers
 from .graph.infer import infer
+from .graph.layers import LayerStructure
 from .graph.structure import Frozen, Structure
 from .measure.latency import compare, layer_times
+from .measure.macs import macs_by_module
 from .measure.params import LayerRow, bytes_in_memory, layer_table, parameters
 from .planning import Granularity
 from .report.data import FrozenWidth
@@ -35,7 +43,9 @@ def inspect(
     seconds: float = 0.5,
     name: str | None = None,
 ) -> Inspection:
-    """What of `model` can go and what a unit of each group costs; nothing is changed.
+    """What of `model` can go, what a unit of each group costs, and how many the PQ index says are needed.
+
+    Nothing is changed.
 
     Args:
         model: any module whose forward runs on the example inputs.
@@ -58,14 +68,25 @@ def inspect(
     called = type(model).__name__ if name is None else name
     shares = _shares(model, example_inputs) if timed else {}
     if not unit.kinds:
-        return _of_weights(model, called, layer_table(model, example_inputs), unit.block, shares)
-    structure = infer(model, example_inputs, kinds=unit.kinds, entangled=unit.entangled)
+        found = _of_weights(model, called, layer_table(model, example_inputs), unit.block, shares)
+        return _with_index(found, _of_entries(model, found.groups, unit.block))
+    structure: Structure | LayerStructure
+    if unit.kinds == ("layer",):
+        structure = infer_layers(model, example_inputs, macs_by_module(model, example_inputs))
+    else:
+        structure = infer(model, example_inputs, kinds=unit.kinds, entangled=unit.entangled)
     spent = {g.name: unit_time(model, structure, g, example_inputs, seconds=seconds) for g in structure.groups if timed}
-    return _of_channels(model, called, _rows(model, example_inputs, structure), structure, shares, spent)
+    found = _of_units(model, called, _rows(model, example_inputs, structure), structure, shares, spent)
+    return _with_index(found, _of_channels(model, structure.groups))
 
 
 def unit_time(
-    model: nn.Module, structure: Structure, group: ChannelGroup, example_inputs: Any, *, seconds: float = 0.5
+    model: nn.Module,
+    structure: Structure | LayerStructure,
+    group: ChannelGroup | LayerGroup,
+    example_inputs: Any,
+    *,
+    seconds: float = 0.5,
 ) -> UnitTime | None:
     """What one unit of `group` costs in time: the model against itself with half of the group cut, by units cut.
 
@@ -75,7 +96,8 @@ def unit_time(
         structure: of `model`, with `group` in it.
         seconds: to spend on timed runs of each of the two.
     """
-    kept = -(-((group.size + 1) // 2) // group.multiple) * group.multiple
+    multiple = group.multiple if isinstance(group, ChannelGroup) else 1
+    kept = -(-((group.size + 1) // 2) // multiple) * multiple
     removed = group.size - kept
     if removed < 1:
         return None
@@ -89,13 +111,53 @@ def unit_time(
     return UnitTime(median, p10, p90, removed)
 
 
+def _with_index(found: Inspection, spread: Mapping[str, tuple[float, int]]) -> Inspection:
+    pairs = [spread.get(group.name, (None, None)) for group in found.groups]
+    groups = zip(found.groups, pairs, strict=True)
+    return replace(found, groups=tuple(replace(group, index=index, bound=bound) for group, (index, bound) in groups))
+
+
+def _of_entries(model: nn.Module, groups: Iterable[UnitGroup], block: tuple[int, int]) -> dict[str, tuple[float, int]]:
+    """Index and bound of each weight's entries or blocks, one weight at a time; none of what has no finite values."""
+    if not _has_numbers(model):
+        return {}
+    weights = {group.name: model.get_parameter(group.name).detach() for group in groups}
+    units = {name: WeightGroup(name, tuple(weight.shape), block) for name, weight in weights.items()}
+    return {name: _spread(units[name].lift({name: weight.abs()})[name]) for name, weight in weights.items()}
+
+
+def _of_channels(model: nn.Module, groups: Iterable[ChannelGroup | LayerGroup]) -> dict[str, tuple[float, int]]:
+    """Index and bound of the magnitudes of each group's channels; none where these cannot be told."""
+    channels = [group for group in groups if isinstance(group, ChannelGroup)]
+    if not channels or not _has_numbers(model):
+        return {}
+    try:
+        return {name: _spread(values) for name, values in score("magnitude", model, channels).items()}
+    except ModelError:
+        return {}
+
+
+def _spread(values: Tensor) -> tuple[float, int]:
+    index = pq_index(values)
+    return float(index), int(fewest(index, torch.tensor(values.numel(), device=values.device)))
+
+
+def _has_numbers(model: nn.Module) -> bool:
+    """Whether the weights have values and all of them are finite."""
+    try:
+        check_finite(model)
+    except ModelError:
+        return False
+    return not any(parameter.is_meta for parameter in model.parameters())
+
+
 def _shares(model: nn.Module, example_inputs: Any) -> dict[str, float]:
     """The share of each layer in the time of all layers."""
     seconds = layer_times(model, example_inputs)
     return {name: taken / sum(seconds.values()) for name, taken in seconds.items()}
 
 
-def _rows(model: nn.Module, example_inputs: Any, structure: Structure) -> tuple[LayerRow, ...]:
+def _rows(model: nn.Module, example_inputs: Any, structure: Structure | LayerStructure) -> tuple[LayerRow, ...]:
     """The layers in forward order; of a model without values, as they are declared, since its own code may not run."""
     if not any(p.is_meta for p in model.parameters()):
         return layer_table(model, example_inputs)
@@ -111,17 +173,17 @@ def _declared(name: str, module: nn.Module, own: Mapping[str, Tensor], macs: flo
     return LayerRow(name, type(module).__name__, shapes[0], sum(map(math.prod, shapes)), None, macs, None)
 
 
-def _of_channels(
+def _of_units(
     model: nn.Module,
     name: str,
     rows: Iterable[LayerRow],
-    structure: Structure,
+    structure: Structure | LayerStructure,
     shares: Mapping[str, float],
     spent: Mapping[str, UnitTime | None],
 ) -> Inspection:
     costs, none = structure.costs, {g.name: 0 for g in structure.groups}
     whole = {metric: costs.total(metric) for metric in ("params", "macs", "bytes")}
-    made = {_layer_of(m.tensor) for g in structure.groups for m in g.members if m.role == "out"}
+    made = {layer for g in structure.groups for layer in _made(g)}
     return Inspection(
         model=name,
         **whole,
@@ -134,15 +196,26 @@ def _of_channels(
     )
 
 
+def _made(group: ChannelGroup | LayerGroup) -> set[str]:
+    """The layers whose outputs, or which as a whole, can go with units of the group."""
+    if isinstance(group, LayerGroup):
+        return {_layer_of(tensor) for tensor in group.tensors}
+    return {_layer_of(m.tensor) for m in group.members if m.role == "out"}
+
+
 def _reach(whole: float, left: float) -> float:
     return 1 - left / whole if whole else 0.0
 
 
 def _group(
-    model: nn.Module, group: ChannelGroup, structure: Structure, shares: Mapping[str, float], spent: UnitTime | None
+    model: nn.Module,
+    group: ChannelGroup | LayerGroup,
+    structure: Structure | LayerStructure,
+    shares: Mapping[str, float],
+    spent: UnitTime | None,
 ) -> UnitGroup:
-    chosen, *along = group.tensors
-    makers, passing, readers = _roles(model, group.members)
+    chosen, *along = group.tensors or (group.name,)
+    makers, passing, readers = _roles(model, group)
     layers = {_layer_of(tensor) for tensor in group.tensors}
     units = {m: structure.costs.unit(m, group.name, structure.sizes) for m in ("params", "macs", "bytes")}
     return UnitGroup(
@@ -154,17 +227,23 @@ def _group(
         makers=makers,
         passing=passing,
         readers=readers,
-        **{f"{metric}_per_unit": cost for metric, cost in units.items()},
-        multiple=group.multiple,
+        params_per_unit=units["params"],
+        macs_per_unit=units["macs"],
+        bytes_per_unit=units["bytes"],
+        multiple=group.multiple if isinstance(group, ChannelGroup) else 1,
         time=sum(share for layer, share in shares.items() if layer in layers) if shares else None,
         measured=spent,
     )
 
 
-def _roles(model: nn.Module, members: Iterable[Member]) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+def _roles(
+    model: nn.Module, group: ChannelGroup | LayerGroup
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
     """Layers that make the units, that pass them on, and that read them; a layer may do more than one of these."""
+    if isinstance(group, LayerGroup):
+        return group.blocks, (), ()
     found: dict[str, set[str]] = {}
-    for member in members:
+    for member in group.members:
         makes = member.rank > 1 and not _is_depthwise(model, member.tensor)
         role = "reads" if member.role == "in" else "makes" if makes else "passes"
         found.setdefault(_layer_of(member.tensor), set()).add(role)

@@ -22,7 +22,9 @@ from .core.select import top
 from .core.units import ChannelGroup, Group, WeightGroup
 from .criteria import get_criterion, score
 from .graph.cut import cut
+from .graph.depth import infer_layers
 from .graph.infer import infer
+from .graph.layers import LayerStructure
 from .graph.plan import ModelPlan, digest
 from .graph.structure import Structure, fingerprint
 from .measure.latency import latency
@@ -33,7 +35,7 @@ from .train.scope import prunable_weights
 
 __all__ = ["GRANULARITIES", "Granularity", "batches_of", "plan", "plan_of_masks", "recipe_of", "timer"]
 
-GRANULARITIES = ("channel", "head", "head-size", "width", "weight", "block:ROWSxCOLUMNS")
+GRANULARITIES = ("channel", "head", "head-size", "width", "layer", "weight", "block:ROWSxCOLUMNS")
 _BLOCK = re.compile(r"block:(\d+)x(\d+)")
 # A group that keeps less than this share of its units is warned about, before anything is trained.
 _FEW = 0.05
@@ -44,7 +46,7 @@ class Granularity:
     """What a unit is.
 
     Args:
-        kinds: kinds of coupled groups (see `graph.infer.KINDS`); empty for entries of weights.
+        kinds: kinds of coupled groups (see `graph.infer.KINDS`), or "layer"; empty for entries of weights.
         entangled: whether widths go whose removal differs from zeroing; see `graph.infer.infer`.
         block: rows and columns of a block of entries.
     """
@@ -67,6 +69,8 @@ class Granularity:
         if text in ("head", "head-size"):
             # The size of a head is in the scale of its products, so its removal is seldom neutral.
             return cls(kinds=(text,), entangled=text == "head-size")
+        if text == "layer":
+            return cls(kinds=("layer",))
         if text == "weight":
             return cls()
         if match := _BLOCK.fullmatch(text):
@@ -104,11 +108,11 @@ def plan(
         allocation, allocation_options: how much goes from where; see `secateurs.core.allocate`.
         granularity: "channel" (the default: widths and attention heads whose removal equals zeroing, and where those
             are less than two fifths of the parameters all widths), "head", "head-size", "width" (also those that a
-            normalisation runs over, such as the hidden size of a transformer), "weight" (the default for N:M), or
-            "block:4x1".
+            normalisation runs over, such as the hidden size of a transformer), "layer" (whole blocks through which a
+            residual stream goes), "weight" (the default for N:M), or "block:4x1".
         scope, ignore: patterns of names of layers or parameters to prune, or to leave alone.
         floor: fewest units that stay in a group: a count, or a share. Default 10% of the channels of a group; one
-            entry of a weight.
+            entry of a weight; no layer, but for one where nothing else is in its container.
         round_to: kept widths are multiples of this number.
         seed: of everything random.
 
@@ -208,10 +212,16 @@ def recipe_of(
         granularity=granularity,
         scope=None if scope is None else _listed(scope),
         ignore=_listed(ignore),
-        floor=(0.1 if Granularity.parse(granularity).kinds else 1) if floor is None else floor,
+        floor=_floor_of(Granularity.parse(granularity)) if floor is None else floor,
         round_to=round_to,
         seed=seed,
     )
+
+
+def _floor_of(unit: Granularity) -> int | float:
+    if unit.kinds == ("layer",):
+        return 0
+    return 0.1 if unit.kinds else 1
 
 
 def batches_of(data: Iterable[Any] | None) -> Iterable[Any] | None:
@@ -226,7 +236,7 @@ def batches_of(data: Iterable[Any] | None) -> Iterable[Any] | None:
 
 
 def timer(
-    model: nn.Module, structure: Structure | None, scores: Mapping[str, Tensor], example_inputs: Any
+    model: nn.Module, structure: Structure | LayerStructure | None, scores: Mapping[str, Tensor], example_inputs: Any
 ) -> Callable[[Mapping[str, int]], float] | None:
     """A function from kept counts to the measured median seconds of the model cut to them; None if nothing is cut."""
     if structure is None:
@@ -265,10 +275,13 @@ def _scoring_data(criterion: str | Callable[..., Any], batches: Iterable[Any] | 
 
 def _units(
     model: nn.Module, example_inputs: Any, unit: Granularity, recipe: Recipe
-) -> tuple[Structure | None, tuple[Group, ...], CostModel]:
+) -> tuple[Structure | LayerStructure | None, tuple[Group, ...], CostModel]:
     if not unit.kinds:
         groups = _weight_groups(model, unit, recipe)
         return None, groups, _weight_costs(model, example_inputs, groups)
+    if unit.kinds == ("layer",):
+        layers = _layers(model, example_inputs, recipe)
+        return layers, layers.groups, layers.costs
     structure = infer(model, example_inputs, kinds=unit.kinds, entangled=unit.entangled)
     if recipe.scope is not None or recipe.ignore:
         structure = structure.restricted(g.name for g in _in_scope(structure.groups, recipe))
@@ -276,6 +289,33 @@ def _units(
         reasons = "; ".join(dict.fromkeys(f.reason for f in structure.frozen[:3])) or "no layer has a free width"
         raise ModelError(f"nothing to prune in {type(model).__name__} at this granularity: {reasons}.")
     return structure, structure.groups, structure.costs
+
+
+def _layers(model: nn.Module, example_inputs: Any, recipe: Recipe) -> LayerStructure:
+    """The layers that can go, within the recipe's scope.
+
+    Raises:
+        OptionError: a pattern matches nothing.
+        ModelError: there is none.
+    """
+    layers = infer_layers(model, example_inputs, macs_by_module(model, example_inputs))
+    blocks = [block for group in layers.groups for block in group.blocks]
+
+    def hit(block: str, patterns: Sequence[str]) -> bool:
+        return any(fnmatchcase(name, p) for p in patterns for name in (block, block.rpartition(".")[0]))
+
+    for pattern in (*(recipe.scope or ()), *recipe.ignore):
+        if not any(hit(block, [pattern]) for block in blocks):
+            raise unknown_name("pattern", pattern, blocks)
+    scoped = [b for b in blocks if recipe.scope is None or hit(b, recipe.scope)]
+    layers = layers.restricted([b for b in scoped if not hit(b, recipe.ignore)])
+    if not layers.groups:
+        reasons = "; ".join(f"{f.tensor} stays, {f.reason}" for f in layers.frozen[:3])
+        raise ModelError(
+            f"no layer of {type(model).__name__} can go as a whole: "
+            f"{reasons or 'no module of a list or sequence passes its input on with something added to it'}."
+        )
+    return layers
 
 
 def _weight_groups(model: nn.Module, unit: Granularity, recipe: Recipe) -> tuple[WeightGroup, ...]:

@@ -158,7 +158,7 @@ def prune(
 ) -> Pruned:
     """`model` pruned to `budget`: units found, scored and chosen, cut out, proven, repaired and measured.
 
-    With channel granularity, the default, the result is physically smaller; with single weights it has zeros.
+    With channels, the default, or whole layers the result is physically smaller; with single weights it has zeros.
 
     Args:
         model: any module whose forward runs on the example inputs; untouched unless `inplace`.

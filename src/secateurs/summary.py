@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -15,6 +15,7 @@ from torch import nn
 
 from .core.batch import split
 from .deploy.size import size_on_disk
+from .graph.layers import LayerStructure, original_paths
 from .graph.plan import ModelPlan
 from .measure.latency import Latency, compare, layer_times
 from .measure.params import LayerRow, bytes_in_memory, layer_table, nonzeros, parameters
@@ -95,7 +96,7 @@ def summarize(
         after=_side(after, rows[1], timings.get("after"), next(reversed(stages.values()), {})),
         budget=str(plan.recipe.budget),
         recipe=plan.recipe.to_dict(),
-        layers=_layers(*rows, *layers),
+        layers=_layers(*rows, *layers, _path_before(before, plan)),
         groups=tuple(_group(plan, name) for name in plan.keep),
         frozen=() if plan.structure is None else tuple(FrozenWidth(**vars(f)) for f in plan.structure.frozen),
         proof=found.proof,
@@ -145,10 +146,21 @@ def _latency(timing: Latency) -> LatencySummary:
     return LatencySummary(timing.median, timing.p10, timing.p90, timing.threads, timing.batch, timing.device)
 
 
+def _path_before(model: nn.Module, plan: ModelPlan) -> Callable[[str], str]:
+    """From the name of a layer of the pruned model to the one it had: those behind layers that go move up."""
+    layers = plan.structure
+    return original_paths(model, layers.gone(plan.keep)) if isinstance(layers, LayerStructure) else str
+
+
 def _layers(
-    before: Sequence[LayerRow], after: Sequence[LayerRow], slow: Mapping[str, float], fast: Mapping[str, float]
+    before: Sequence[LayerRow],
+    after: Sequence[LayerRow],
+    slow: Mapping[str, float],
+    fast: Mapping[str, float],
+    path_before: Callable[[str], str],
 ) -> tuple[LayerChange, ...]:
-    new = {row.name: row for row in after}
+    new = {path_before(row.name): row for row in after}
+    fast = {path_before(name): seconds for name, seconds in fast.items()}
     return tuple(
         LayerChange(
             name=old.name,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -35,6 +36,17 @@ def test_what_stays_is_named_with_its_reason(workplace: Path) -> None:
     assert "1 width, 7.weight (4): it is an axis of the model's output, on which others rely" in shown
     assert "2 groups of units can be pruned" in shown
     assert re.search(r"^ 0 .* made by 0; passed on by 1; read by 3 *$", shown, flags=re.MULTILINE)
+
+
+def test_the_index_and_its_bound_are_shown(workplace: Path) -> None:
+    groups = run_json(*NET)["groups"]
+    assert all(0 < group["index"] < 0.5 for group in groups)
+    assert [group["bound"] for group in groups] == [math.ceil(g["size"] * (1 - g["index"])) for g in groups]
+    shown = run(*NET).out
+    assert re.search(r"PQ index +needed", shown)
+    assert re.search(rf"^ 0 +channel +8 +{groups[0]['index']:.3f} +≥ {groups[0]['bound']} ", shown, flags=re.MULTILINE)
+    weights = run_json(*NET, "--granularity", "weight")["groups"]
+    assert all(0 < group["index"] < 1 and 0 < group["bound"] < group["size"] for group in weights)
 
 
 def test_times_are_shares_and_what_a_unit_costs(workplace: Path) -> None:

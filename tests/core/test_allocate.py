@@ -20,6 +20,7 @@ from secateurs.core.allocate import (
 )
 from secateurs.core.budget import Budget, units_kept
 from secateurs.core.errors import BudgetError, OptionError
+from secateurs.core.pq import adaptive_keep
 from secateurs.core.select import top, top_across
 
 LENET = {"fc1": (300, 784), "fc2": (100, 300), "fc3": (10, 100)}
@@ -103,6 +104,17 @@ def test_uniform_plus_from_a_fifth_on_holds_only_the_first() -> None:
     assert found["fc"] == found["stage1.0"] == pytest.approx((0.2 * 268_336 - 432) / (268_336 - 432))
     named = densities("uniform+", RESNET20, 0.1, first="stage1.0", classifier="conv1")
     assert (named["stage1.0"], named["conv1"]) == (1.0, 0.2)
+
+
+def test_uniform_plus_without_a_dense_first_weight() -> None:
+    """GraNet's uniform variant, by the formula of its code: `1 − (T(1 − s) − 0.2·N_fc)/(T − N_fc)`."""
+    shapes = {"a": (400,), "b": (500,), "fc": (100,)}
+    found = densities("uniform+", shapes, 0.1, dense_first=False)
+    assert found["fc"] == 0.2
+    assert 1 - found["a"] == 1 - found["b"] == pytest.approx(0.911111, abs=1e-6)
+    assert allocate("uniform+", numel(shapes), 100, dense_first=False) == {"a": 36, "b": 44, "fc": 20}
+    assert densities("uniform+", shapes, 0.3, dense_first=False) == pytest.approx(dict.fromkeys(shapes, 0.3))
+    assert densities("uniform+", {"fc": (100,)}, 0.1, dense_first=False) == {"fc": 0.1}
 
 
 def test_erk_plus_holds_the_classifier() -> None:
@@ -190,7 +202,7 @@ def allocations(draw: st.DrawFn) -> tuple[dict[str, Tensor], int, dict[str, int]
     return scores, draw(st.integers(sum(floors.values()), sum(caps.values()))), floors, caps
 
 
-@given(allocations(), st.sampled_from(["uniform", "er", "erk", "global", "lamp"]))
+@given(allocations(), st.sampled_from(["uniform", "er", "erk", "global", "lamp", "pq-index"]))
 def test_every_rule_is_exact_within_floors_and_caps(
     case: tuple[dict[str, Tensor], int, dict[str, int], dict[str, int]], rule: str
 ) -> None:
@@ -433,9 +445,24 @@ def test_rules_that_need_shapes_say_why_channels_have_none() -> None:
 def test_rules_that_need_scores_say_so() -> None:
     with pytest.raises(OptionError, match="'lamp' ranks scores, but b has only a size"):
         allocate("lamp", {"a": torch.ones(3), "b": 4}, 5)
-    for rule in ("global", "lamp"):
+    for rule in ("global", "lamp", "pq-index"):
         with pytest.raises(OptionError, match="1 of 2 scores of b are NaN"):
             allocate(rule, {"a": torch.ones(3), "b": torch.tensor([1.0, float("nan")])}, 2)
+
+
+def test_the_index_takes_from_where_few_hold_most() -> None:
+    """SAP would leave all 8 equal units, and 2 of 4 of which one is nearly all; scores of 0 or −∞ went before."""
+    scores = {"even": torch.ones(8), "one": torch.tensor([1e-9, 9.0, 1e-9, 1e-9]), "gone": torch.tensor([2.0, 0.0])}
+    scores["gone"][1] = -torch.inf
+    wanted = {name: int(adaptive_keep(values)) for name, values in scores.items() if name != "gone"} | {"gone": 1}
+    assert wanted == {"even": 8, "one": 2, "gone": 1}
+    assert allocate("pq-index", scores, 11) == wanted
+    assert allocate("pq-index", scores, 6) == {"even": 4, "one": 1, "gone": 1}
+    assert allocate("pq-index", scores, 0) == dict.fromkeys(scores, 0)
+    bold = allocate("pq-index", scores, 6, p=1.0, q=2.0, gamma=2.0, beta=0.5)
+    assert bold == {"even": 4, "one": 1, "gone": 1}
+    with pytest.raises(OptionError, match="pq-index is defined for magnitudes, got negative scores; use global"):
+        allocate("pq-index", {"a": torch.tensor([1.0, -1.0])}, 1)
 
 
 def test_what_a_rule_needs_is_data() -> None:
@@ -454,6 +481,7 @@ RULES = {
     "given": (False, False),
     "global": (True, False),
     "lamp": (True, False),
+    "pq-index": (True, False),
 }
 
 

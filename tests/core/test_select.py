@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from secateurs.core.errors import OptionError
-from secateurs.core.select import knapsack, n_of_m, per_row, top, top_across
+from secateurs.core.select import knapsack, n_of_m, n_of_m_inputs, per_row, top, top_across
 from secateurs.core.units import WeightGroup
 
 # Few distinct values, so that ties are the rule.
@@ -123,6 +123,21 @@ def test_per_row_is_top_of_each_row(rows: int, columns: int, data: st.DataObject
     assert per_row(torch.tensor(scores), k).tolist() == [by_sorting(row, k) for row in scores]
 
 
+@given(st.integers(0, 4), st.integers(1, 6), st.data())
+def test_every_row_may_have_a_count_of_its_own(rows: int, columns: int, data: st.DataObject) -> None:
+    scores = [data.draw(st.lists(tied, min_size=columns, max_size=columns)) for _ in range(rows)]
+    counts = data.draw(st.lists(st.integers(0, columns), min_size=rows, max_size=rows))
+    found = per_row(torch.tensor(scores).view(rows, columns), torch.tensor(counts, dtype=torch.int64))
+    assert found.tolist() == [by_sorting(row, k) for row, k in zip(scores, counts, strict=True)]
+
+
+def test_counts_of_rows_are_checked() -> None:
+    with pytest.raises(OptionError, match=r"\[2, 3\] scores need one count a row, got counts \[3\]"):
+        per_row(torch.ones(2, 3), torch.tensor([1, 1, 1]))
+    with pytest.raises(OptionError, match="cannot keep 4 of 3 units"):
+        per_row(torch.ones(2, 3), torch.tensor([1, 4]))
+
+
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 8), st.data())
 def test_n_of_m_is_top_of_each_run(rows: int, runs: int, of: int, data: st.DataObject) -> None:
     keep = data.draw(st.integers(0, of))
@@ -140,6 +155,15 @@ def test_n_of_m_counts_what_stays() -> None:
 def test_n_of_m_takes_a_transposed_matrix() -> None:
     scores = torch.arange(8.0).view(4, 2).t()
     assert n_of_m(scores, 2, 4).int().tolist() == [[0, 0, 1, 1]] * 2
+
+
+def test_patterns_of_a_weight_run_along_its_inputs() -> None:
+    """Each position of a 1×2 kernel has runs of its own."""
+    scores = torch.tensor([[[[1.0, 9]], [[2, 0]], [[3, 9]], [[0, 9]]]])
+    assert n_of_m_inputs(scores, 2, 4)[0, :, 0, :].T.int().tolist() == [[0, 1, 1, 0], [1, 0, 1, 0]]
+    assert torch.equal(n_of_m_inputs(torch.eye(8), 1, 4), n_of_m(torch.eye(8), 1, 4))
+    with pytest.raises(OptionError, match="that 4 divides"):
+        n_of_m_inputs(torch.ones(4, 6), 2, 4)
 
 
 def test_n_of_m_refuses_what_does_not_divide() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateurs.core.depth import LayerGroup
 from secateurs.core.dims import Atom, Dim, Fixed, product
 from secateurs.core.units import ChannelGroup, Member, WeightGroup
 
@@ -71,6 +72,12 @@ def second_channels() -> ChannelGroup:
     width = Atom("second", 3)
     into = member("last.weight", 1, product(width, Fixed(4)), 2, "in")
     return ChannelGroup("second", 3, "channel", (member("second.weight", 0, width, 4), into))
+
+
+def layer_group(model: nn.Module, *blocks: str) -> LayerGroup:
+    """The modules named as units, with all their parameters."""
+    owned = (tuple(f"{block}.{name}" for name, _ in model.get_submodule(block).named_parameters()) for block in blocks)
+    return LayerGroup("layers", "", blocks, tuple(owned))
 
 
 def weight_groups(model: nn.Module) -> list[WeightGroup]:

@@ -11,15 +11,27 @@ from torch import Tensor, nn
 from secateurs.core.errors import DataError, ModelError, OptionError
 from secateurs.core.units import Group, WeightGroup
 from secateurs.criteria import Criterion, criteria, elementwise, score
-from tests.criteria.models import ConvNet, account, first_channels, images, mlp, second_channels, unruly, weight_groups
+from tests.criteria.models import (
+    ConvNet,
+    account,
+    first_channels,
+    images,
+    layer_group,
+    mlp,
+    second_channels,
+    unruly,
+    weight_groups,
+)
 
-NAMES = [c.name for c in criteria()]
+NAMES = [c.name for c in criteria() if "channel" in c.groups]
 GROUPS: dict[str, Sequence[Group]] = {
     "channel": [first_channels(), second_channels()],
     "weight": weight_groups(ConvNet()),
+    "layer": [layer_group(ConvNet(), "first", "second", "last")],
 }
-PAIRS = [(c.name, kind) for c in criteria() for kind in c.groups]
-NEED_DATA = [c.name for c in criteria() if "data" in c.needs]
+# Block influence is about layers that keep the shape of their input; its own tests have such.
+PAIRS = [(c.name, kind) for c in criteria() for kind in c.groups if c.name != "block-influence"]
+NEED_DATA = [c.name for c in criteria() if "data" in c.needs and "channel" in c.groups]
 
 
 def groups(name: str, kind: str) -> Sequence[Group]:

@@ -11,7 +11,7 @@ import pytest
 from secateurs.report.data import FrozenWidth
 from secateurs.report.inspection import Inspection, ModelLayer, UnitGroup, UnitTime
 from secateurs.report.inspection_page import GROUPS, render
-from secateurs.report.inspection_text import few, measured, shared
+from secateurs.report.inspection_text import few, measured, shared, spread
 from tests.report.html_checks import Element, Page, form_faults, label_faults, loads
 from tests.report.test_page import EVIL, contrast, palettes, poisoned
 
@@ -57,6 +57,10 @@ def timed(found: Inspection) -> Inspection:
     return replace(found, groups=tuple(groups))
 
 
+def indexed(found: Inspection) -> Inspection:
+    return replace(found, groups=tuple(replace(g, index=0.1234, bound=7) for g in found.groups))
+
+
 def lanes(page: Page) -> list[Element]:
     return [e for e in page.root.all("g") if e.attributes.get("class", "").startswith("lane ")]
 
@@ -71,11 +75,12 @@ def texts(page: Page, kind: str) -> list[str]:
         chain(5),
         chain(120),
         timed(chain(5)),
+        indexed(timed(chain(5))),
         replace(chain(5), unknown={"_fft_r2c": "mixer", "sort": ""}),
         replace(chain(0), frozen=()),
         Inspection(model="empty", params=0, macs=0, bytes=0),
     ],
-    ids=["five", "many", "timed", "unknown", "nothing can go", "empty"],
+    ids=["five", "many", "timed", "indexed", "unknown", "nothing can go", "empty"],
 )
 def test_a_page_is_well_formed_complete_and_labelled(found: Inspection) -> None:
     page = Page(render(found))
@@ -195,6 +200,24 @@ def test_the_text() -> None:
         "no rule for sort in the model: what it touches is frozen",
     ]
     assert str(chain(0)).splitlines()[0].endswith("0 groups of units can be pruned")
+
+
+def test_index_and_bound_have_columns_where_they_are_known() -> None:
+    found = indexed(chain(2))
+    lines = str(found).splitlines()
+    assert re.split("  +", lines[2])[:6] == ["group", "kind", "units", "PQ index", "needed", "params a unit"]
+    assert re.split("  +", lines[3])[:6] == ["body.0.conv", "channel", "8", "0.123", "≥ 7", "145"]
+    assert "PQ index" not in str(chain(2))
+    cells = [cell.words for cell in Page(render(found)).root.all("td") if "needs" in cell.words]
+    assert [cell.split() for cell in cells] == [["0.123", "needs", "≥", "7"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("index", "words"), [(0.0, "0.000"), (1e-4, "<0.001"), (6e-4, "0.001"), (0.1234, "0.123"), (None, "—")]
+)
+def test_a_small_index_is_not_zero(index: float | None, words: str) -> None:
+    bound = None if index is None else 3
+    assert spread(UnitGroup("g", "channel", 4, "t", index=index, bound=bound)) == (words, "≥ 3" if bound else "—")
 
 
 def test_fifty_layers_are_told_as_three_and_a_count() -> None:

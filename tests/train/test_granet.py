@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from torch.optim import Optimizer
 
 from secateurs.core.allocate import allocate
 from secateurs.core.errors import BudgetError, ModelError, OptionError
+from secateurs.core.state import flatten, read_state, write_state
 from secateurs.train import SET, GradualMagnitude, GraNet, Pruner, RigL
 
 NAMES = ("0.weight", "2.weight")
@@ -82,17 +85,12 @@ def test_the_total_follows_the_curve_exactly_from_a_sparse_start() -> None:
 
 def test_the_start_is_erk_with_exact_counts_and_follows_the_seed() -> None:
     wanted = allocate("erk", {"0.weight": 240, "2.weight": 80}, 64, shapes={"0.weight": (20, 12), "2.weight": (4, 20)})
-    made = [RigL(net(), sgd(model), until=9, sparsity=0.8, seed=seed) for seed in (1, 1, 2) if (model := net())] if (
-        False
-    ) else [_rigl(seed) for seed in (1, 1, 2)]
+    models = [net(), net(), net()]
+    seeds = (1, 1, 2)
+    made = [RigL(m, sgd(m), until=9, sparsity=0.8, seed=seed) for m, seed in zip(models, seeds, strict=True)]
     assert [kept(pruner) for pruner in made] == [[wanted[name] for name in NAMES]] * 3
     assert equal(masks_of(made[0]), masks_of(made[1]))
     assert not equal(masks_of(made[0]), masks_of(made[2]))
-
-
-def _rigl(seed: int) -> Pruner:
-    model = net()
-    return RigL(model, sgd(model), until=9, sparsity=0.8, seed=seed)
 
 
 def test_a_dense_start_is_dense() -> None:
@@ -130,17 +128,13 @@ def test_a_sparse_to_sparse_step_keeps_the_number_of_non_zeros(
     pruner = RigL(
         model, optimizer, until=9, every=3, sparsity=sparsity, share=share, grow=grow, seed=seed, floor=2, debug=True
     )
-    counts, before = kept(pruner), masks_of(pruner)
+    counts = kept(pruner)
     for step in range(1, 11):
         train(model, optimizer, pruner, 1, step)
         assert kept(pruner) == counts
         for name in NAMES:
             assert int((model.get_parameter(name) != 0).sum()) <= int(pruner.masks[name].sum())
         pruner.masks.check()
-    if any(c < m.numel() for c, m in zip(counts, before.values(), strict=True)):
-        train(model, optimizer, pruner, 1, 11)
-        for name in NAMES:
-            assert int((model.get_parameter(name) != 0).sum()) == int(pruner.masks[name].sum())
 
 
 # -- its parts are settings --------------------------------------------------------------------------------------------
@@ -225,8 +219,8 @@ def dense_twin(model: nn.Module, step: int) -> dict[str, Tensor]:
 
 
 def largest_outside(gradient: Tensor, taken: Tensor, count: int) -> Tensor:
-    order = sorted((i for i in range(taken.numel()) if not taken.flatten()[i]), key=lambda i: -abs(gradient.flatten()[i]))
-    mask = taken.flatten().clone()
+    flat, mask = gradient.flatten(), taken.flatten().clone()
+    order = sorted((~mask).nonzero().flatten().tolist(), key=lambda i: -abs(flat[i]))
     mask[order[:count]] = True
     return mask.view_as(taken)
 
@@ -316,6 +310,28 @@ def test_a_step_that_was_skipped_leaves_nothing_behind() -> None:
     assert equal(ours.state_dict(), theirs.state_dict())
 
 
+def test_a_grad_scaler_s_overflow_is_no_step() -> None:
+    """Calls 1 and 2 overflow where the exchange of step 2 is due: it falls on the first step that is taken."""
+    model = net()
+    optimizer = sgd(model)
+    pruner = RigL(model, optimizer, until=8, every=2, sparsity=0.7, start="uniform", debug=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    counts, skipped, calls = kept(pruner), 0, 0
+    while pruner.steps < 8:
+        before = masks_of(pruner)
+        optimizer.zero_grad()
+        scaler.scale(loss(model, calls) * (torch.inf if calls in (1, 2) else 1)).backward()
+        taken = pruner.steps
+        scaler.step(optimizer)
+        scaler.update()
+        pruner.step()
+        calls += 1
+        skipped += pruner.steps == taken
+        assert equal(before, masks_of(pruner)) == (pruner.steps == taken or pruner.steps not in (2, 4, 6))
+    assert kept(pruner) == counts
+    assert skipped == 2
+
+
 def test_under_autocast_counts_stay_and_training_goes_on() -> None:
     model = net()
     optimizer = adam(model)
@@ -349,7 +365,7 @@ def test_two_optimizers_share_the_masks() -> None:
     for order in ((0, 1), (1, 0)):
         model = net()
         optimizers = [torch.optim.SGD(model[i].parameters(), 0.1, momentum=0.9) for i in (0, 2)]
-        pruner = RigL(model, optimizers[0], until=8, every=2, sparsity=0.7, share=0.5, debug=True)
+        pruner = RigL(model, optimizers[0], until=8, every=2, sparsity=0.7, start="uniform", debug=True)
         pruner.masks.watch(optimizers[1])
         before, counts = masks_of(pruner), kept(pruner)
         for step in range(8):
@@ -439,26 +455,82 @@ def test_momentum_looks_at_every_step() -> None:
     assert all(not equal(a, b) for a, b in itertools.combinations(found, 2))
 
 
+# -- stopping and going on ---------------------------------------------------------------------------------------------
+
+PRUNERS: dict[str, Callable[[nn.Module, Optimizer], Pruner]] = {
+    "sparse": lambda m, o: GraNet(m, o, until=19, every=3, sparsity=0.8),
+    "dense": lambda m, o: GraNet(m, o, until=19, every=3, sparsity=0.8, initial=0, begin=2, end=14),
+    "blocks": lambda m, o: GraNet(m, o, until=19, every=3, sparsity=0.8, block=(2, 2)),
+    "momentum": lambda m, o: GraNet(m, o, until=19, every=3, sparsity=0.8, grow="momentum"),
+    "rigl": lambda m, o: RigL(m, o, until=19, every=3, sparsity=0.8),
+    "set": lambda m, o: SET(m, o, until=19, every=3, sparsity=0.8, seed=2),
+}
+
+
+@pytest.mark.parametrize("make", [sgd, adam])
+@pytest.mark.parametrize("name", PRUNERS)
+def test_resumed_equals_uninterrupted_bit_for_bit(
+    name: str, make: Callable[[nn.Module], Optimizer], tmp_path: Path
+) -> None:
+    """Stopped after each of the steps 8 to 10, of which 9 is one with an exchange."""
+    for stop in (8, 9, 10):
+        whole, resumed = (built(name, make) for _ in range(2))
+        train(*whole, stop)
+        states = {str(i): part.state_dict() for i, part in enumerate(whole)}
+        write_state(tmp_path / "state", states)
+        stored = read_state(tmp_path / "state")
+        for i, part in enumerate(resumed):
+            part.load_state_dict(stored[str(i)])
+        for parts in (whole, resumed):
+            train(*parts, 22 - stop, first=stop)
+        for one, other in zip(whole, resumed, strict=True):
+            flat = [flatten(part.state_dict()) for part in (one, other)]
+            assert equal(flat[0][0], flat[1][0])
+            assert flat[0][1] == flat[1][1]
+        assert sum(kept(whole[2])) == 64 or name == "blocks"
+
+
+def built(name: str, make: Callable[[nn.Module], Optimizer]) -> tuple[nn.Module, Optimizer, Pruner]:
+    model = net()
+    optimizer = make(model)
+    return model, optimizer, PRUNERS[name](model, optimizer)
+
+
+def test_finalize_bakes_the_masks_and_removes_the_hooks() -> None:
+    model, optimizer, pruner = built("sparse", sgd)
+    train(model, optimizer, pruner, 21)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        masks = pruner.finalize()
+    assert all(torch.equal(model.get_parameter(name) != 0, masks[name]) for name in NAMES)
+    assert not model[0].weight._post_accumulate_grad_hooks
+    assert not optimizer._optimizer_step_pre_hooks
+    loss(model, 1).backward()
+    assert bool(model[0].weight.grad[~masks["0.weight"]].any())
+
+
+def test_ending_before_the_last_exchange_warns() -> None:
+    model, optimizer, pruner = built("sparse", sgd)
+    train(model, optimizer, pruner, 12)
+    with pytest.warns(UserWarning, match="training ended at step 12, before step 19 of the schedule"):
+        pruner.finalize()
+
+
 # -- allocations, blocks, refusals -------------------------------------------------------------------------------------
 
 
 def test_the_code_s_uniform_variant() -> None:
     """1000 weights, 100 of them the classifier's, at 90%: it keeps 20, the others 80 of 900, a sparsity of 0.911111."""
-    model = nn.Sequential(nn.Linear(9, 80, bias=False), nn.Linear(80, 2, bias=False), nn.Linear(2, 10, bias=False))
-    model[1], model[2] = nn.Linear(80, 2, bias=False), nn.Linear(2, 50, bias=False)
-    model = nn.Sequential(nn.Linear(80, 10, bias=False), nn.Linear(10, 10, bias=False), nn.Linear(10, 10, bias=False))
+    model = nn.Sequential(*(nn.Linear(a, b, bias=False) for a, b in itertools.pairwise((12, 25, 20, 5, 20))))
+    optimizer = sgd(model)
     pruner = GraNet(
-        model, sgd(model), until=4, every=1, end=2, share=0, initial=0, allocation="uniform+", dense_first=False
+        model, optimizer, until=4, every=1, end=2, initial=0, allocation="uniform+", dense_first=False, debug=True
     )
-    for step in range(4):
-        sum(p.square().sum() for p in model.parameters()).backward()
-        pruner._watched = True
-        pruner.masks._optimizers[0][0].step()
-        pruner.step()
+    train(model, optimizer, pruner, 4)
     counts = kept(pruner)
-    assert counts[2] == 20
+    assert counts[3] == 20
     assert sum(counts) == 100
-    assert 1 - sum(counts[:2]) / 900 == pytest.approx(0.911111, abs=1e-6)
+    assert 1 - sum(counts[:3]) / 900 == pytest.approx(0.911111, abs=1e-6)
 
 
 def test_a_mapping_gives_densities() -> None:

@@ -170,6 +170,23 @@ def test_infinite_gradients_under_a_mask_become_zero_not_nan() -> None:
     assert model.weight.grad.tolist() == [[1.0, 0.0]]
 
 
+def test_a_listener_gets_the_accumulated_gradient_of_the_steps_it_wants() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    masks = Masks(model, {"weight": torch.tensor([[True, False]])}, debug=True).watch(optimizer)
+    heard: list[tuple[int, list[list[float]]]] = []
+    masks.listen(lambda step: step == 2, lambda g: heard.append((masks.steps + 1, g["weight"].tolist())))
+    for step in range(3):
+        for inputs in ([[1.0, 2.0]], [[10.0, 20.0]]):
+            (model.weight * torch.tensor(inputs)).sum().backward()
+        assert model.weight.grad.tolist() == [[11.0, 22.0 if step == 1 else 0.0]]
+        optimizer.step()
+        assert model.weight.grad.tolist() == [[11.0, 0.0]]
+        optimizer.zero_grad()
+    assert heard == [(2, [[11.0, 22.0]])]
+    masks.remove()
+
+
 def test_closures_are_allowed_unless_values_are_remembered() -> None:
     model = net()
     optimizer = OPTIMIZERS["sgd"](model.parameters())

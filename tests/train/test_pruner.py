@@ -46,6 +46,7 @@ PRUNERS: dict[str, Callable[[nn.Module, Optimizer], Pruner]] = {
     "from the start": lambda m, o: GradualMagnitude(m, o, sparsity=0.8, initial=0.3, end=18, every=4),
     "value": lambda m, o: GradualMagnitude(m, o, sparsity=0.8, end=18, every=4, revive="value"),
     "one step": lambda m, o: GradualMagnitude(m, o, sparsity=0.8, end=18, every=4, revive="one-step"),
+    "straight": lambda m, o: GradualMagnitude(m, o, sparsity=0.8, end=18, every=4, revive="straight-through"),
     "erk": lambda m, o: GradualMagnitude(m, o, sparsity=0.8, end=18, every=4, allocation="erk"),
     "blocks": lambda m, o: GradualMagnitude(m, o, sparsity=0.8, end=18, every=4, block=(2, 2)),
     "first order": lambda m, o: GradualMagnitude(m, o, sparsity=0.8, end=18, every=4, criterion="first-order"),

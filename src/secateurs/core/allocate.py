@@ -1,6 +1,6 @@
 """How much from where: allocation rules turn scores and a total into kept counts per group.
 
-The shares that a *density* rule gives (`allocation_rules`) are apportioned as whole units; under a *score* rule the
+What a *density* or a *count* rule gives (`allocation_rules`) is apportioned as whole units; under a *score* rule the
 highest of all groups together stay. Either way the counts add up to the total exactly, and floors and caps hold.
 """
 
@@ -72,8 +72,10 @@ def allocate(
             return dict.fromkeys(sizes, 0)
         shares_kept = entry.rule(_shapes_for(entry, sizes, shapes), keep_total / sum(sizes.values()), **options)
         return apportion({name: shares_kept[name] * sizes[name] for name in sizes}, keep_total, low, high)
-    comparable = {name: entry.rule(_scores_for(entry, name, value), **options) for name, value in scores.items()}
-    return _ranked_together(comparable, keep_total, low, high)
+    found = {name: entry.rule(_scores_for(entry, name, value), **options) for name, value in scores.items()}
+    if entry.kind == "counts":
+        return apportion(found, keep_total, low, high)
+    return _ranked_together(found, keep_total, low, high)
 
 
 def densities(rule: str, shapes: Shapes, density: float, **options: Any) -> dict[str, float]:

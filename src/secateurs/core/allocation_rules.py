@@ -1,8 +1,8 @@
 """The allocation rules by name: how large a share of each group stays, or how scores compare across groups.
 
-There are two kinds. A *density* rule says from shapes which share of each group stays (uniform, uniform+, er, erk,
-erk+, given). A *score* rule puts the scores of all groups on one scale (global, lamp). Neither counts units: that is
-the work of `allocate`.
+There are three kinds. A *density* rule says from shapes which share of each group stays (uniform, uniform+, er, erk,
+erk+, given). A *score* rule puts the scores of all groups on one scale (global, lamp). A *count* rule says from a
+group's scores how many of its units it needs (pq-index). None meets a total: that is the work of `allocate`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from torch import Tensor
 
 from .budget import nearest_sparsity
 from .errors import BudgetError, OptionError, unknown_name
+from .pq import adaptive_keep
 from .units import normalized
 
 __all__ = ["Allocation", "Shapes", "allocation", "allocations", "get_allocation", "lamp_scores"]
 
-Kind = Literal["densities", "scores"]
+Kind = Literal["densities", "scores", "counts"]
 Shapes = Mapping[str, tuple[int, ...]]
 Rule = TypeVar("Rule", bound=Callable[..., Any])
 
@@ -34,7 +35,8 @@ class Allocation:
     Args:
         name: as in `allocate(name, …)`.
         rule: for kind "densities" `(shapes, density, **options) -> {group: density}`; for kind "scores"
-            `(scores of one group, **options) -> scores that compare across groups`, of the same order within the group.
+            `(scores of one group, **options) -> scores that compare across groups`, of the same order within the group;
+            for kind "counts" `(scores of one group, **options) -> units that it needs`.
         kind: what the rule returns.
         needs_shapes: whether the rule looks at weight shapes, not at sizes alone; channels and heads have none.
     """
@@ -47,7 +49,7 @@ class Allocation:
     @property
     def needs_scores(self) -> bool:
         """Whether the counts depend on scores; otherwise sizes do."""
-        return self.kind == "scores"
+        return self.kind != "densities"
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -188,6 +190,21 @@ def _global(scores: Tensor, normalize: str = "none") -> Tensor:
 def _lamp(scores: Tensor) -> Tensor:
     """See `lamp_scores`."""
     return lamp_scores(scores.flatten())
+
+
+@allocation("pq-index", kind="counts")
+def _pq_index(
+    scores: Tensor, p: float = 0.5, q: float = 1.0, eta: float = 0.0, gamma: float = 1.0, beta: float = 0.9
+) -> int:
+    """In proportion to what one round of SAP would leave of each group (`core.pq`; Diao et al., arXiv 2302.05601).
+
+    Scores of 0 or minus infinity are taken for units that went before: zeros would raise the index by their number.
+    """
+    values = scores.flatten()
+    if bool(((values < 0) & values.isfinite()).any()):
+        raise OptionError("pq-index is defined for magnitudes, got negative scores; use global.")
+    left = values > 0
+    return int(adaptive_keep(values.where(left, 0), p, q, keep=left, eta=eta, gamma=gamma, beta=beta))
 
 
 def _clipped(sizes: Mapping[str, int], density: float, raw: Mapping[str, float]) -> dict[str, float]:

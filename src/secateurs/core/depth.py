@@ -63,7 +63,10 @@ class LayerGroup:
 
 def _reduced(tensors: list[Tensor], reduce: Reduce) -> Tensor:
     """The reduction of all entries of `tensors`; 0 without any."""
-    if not tensors:
+    filled = [tensor.reshape(1, -1) for tensor in tensors if tensor.numel()]
+    if not filled:
         return torch.zeros(())
-    entries = torch.cat([tensor.flatten() for tensor in tensors])
-    return reduce_rows(entries[None], reduce)[0] if len(entries) else torch.zeros(())
+    parts = torch.cat([reduce_rows(tensor, "sum" if reduce == "mean" else reduce) for tensor in filled])
+    if reduce == "max":
+        return parts.amax()
+    return parts.sum() / (sum(tensor.numel() for tensor in filled) if reduce == "mean" else 1)

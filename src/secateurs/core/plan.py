@@ -13,6 +13,7 @@ from torch import Tensor
 from .allocate import allocate, floor_counts
 from .budget import Budget
 from .cost import CostModel
+from .depth import LayerGroup
 from .errors import BudgetError, OptionError, PlanError
 from .fit import fit
 from .select import n_of_m_inputs, top
@@ -69,8 +70,8 @@ class Step:
         group: its name.
         kind: what a unit is.
         size, kept: number of units before and after.
-        chosen: the tensor that produces the units.
-        along: the other tensors that are cut with it.
+        chosen: the tensor that produces the units; of layers, their container.
+        along: the other tensors that are cut with it; of layers, which have none, those that go.
     """
 
     group: str
@@ -81,7 +82,10 @@ class Step:
     along: tuple[str, ...]
 
     def __str__(self) -> str:
-        also = f"; also {', '.join(self.along[:3])}{' …' if len(self.along) > 3 else ''}" if self.along else ""
+        some = f"{', '.join(self.along[:3])}{' …' if len(self.along) > 3 else ''}"
+        if self.kind == "layer":
+            return f"{self.group}: {self.size - self.kept} of {self.size} layers go: {some}"
+        also = f"; also {some}" if self.along else ""
         return f"{self.group}: {self.size - self.kept} of {self.size} {self.kind}s go{also}"
 
 
@@ -107,7 +111,8 @@ def decide(
     if recipe.budget.pattern is not None:
         return _by_pattern(groups, scores, recipe.budget)
     sizes = {g.name: g.size for g in groups}
-    floors = floor_counts(sizes, recipe.floor)
+    least = {g.name: getattr(g, "least", 0) for g in groups}
+    floors = {name: max(count, least[name]) for name, count in floor_counts(sizes, recipe.floor).items()}
     shapes = {g.name: g.shape for g in groups if isinstance(g, WeightGroup)}
 
     def allocated(keep_total: int) -> dict[str, int]:
@@ -179,7 +184,8 @@ class Plan:
     def warnings(self) -> tuple[str, ...]:
         """Groups about to collapse: left with under 5% of their units, and under a quarter of what others keep."""
         counts, share = self.counts, min(0.05, (1 - self.sparsity) / 4)
-        few = [g for g in self.groups if counts[g.name] < share * g.size]
+        # Layers may all go: their container has others then, and the stream goes on without them.
+        few = [g for g in self.groups if counts[g.name] < share * g.size and not isinstance(g, LayerGroup)]
         return tuple(f"{g.name} keeps {counts[g.name]} of {g.size} units; give floor=, or ask for less." for g in few)
 
     def cost(self, metric: str, relative: bool = True) -> float:
@@ -191,11 +197,16 @@ class Plan:
         """What is done, largest change first; groups that stay whole are left out."""
         counts = self.counts
         steps = [
-            Step(g.name, g.kind, g.size, counts[g.name], g.tensors[0], g.tensors[1:])
+            Step(g.name, g.kind, g.size, counts[g.name], *self._reach(g))
             for g in self.groups
             if counts[g.name] < g.size
         ]
         return tuple(sorted(steps, key=lambda s: s.kept / s.size))
+
+    def _reach(self, group: Group) -> tuple[str, tuple[str, ...]]:
+        if isinstance(group, LayerGroup):
+            return group.container, group.gone(self.keep[group.name])
+        return group.tensors[0], group.tensors[1:]
 
     def rebudget(self: P, budget: str | Budget, measure: Measure | None = None) -> P:
         """The plan for another budget from the same scores; nothing is scored again.

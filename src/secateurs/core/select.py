@@ -57,13 +57,25 @@ def top_across(scores: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
     }
 
 
-def per_row(scores: Tensor, k: int) -> Tensor:
+def per_row(scores: Tensor, k: int | Tensor) -> Tensor:
     """The `k` highest of every row: a bool mask [rows, columns] with exactly `k` true in each, earlier columns first.
 
+    Args:
+        scores: [rows, columns].
+        k: 0 … columns, one number for all rows or an integer tensor [rows].
+
     Raises:
-        OptionError: scores of another rank, NaN among them, or `k` outside 0 … columns.
+        OptionError: scores of another rank, NaN among them, or `k` outside its range.
     """
-    return _keep(_matrix(scores), k)
+    rows = _matrix(scores)
+    if not isinstance(k, Tensor):
+        return _keep(rows, k)
+    if k.shape != rows.shape[:1]:
+        raise OptionError(f"{list(rows.shape)} scores need one count a row, got counts {list(k.shape)}.")
+    mask = torch.zeros(rows.shape, dtype=torch.bool, device=rows.device)
+    for count in k.unique().tolist():
+        mask[k == count] = _keep(rows[k == count], count)
+    return mask
 
 
 def n_of_m(scores: Tensor, keep: int, of: int) -> Tensor:

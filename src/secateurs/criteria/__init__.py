@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import activation, curvature, flow, gradient, magnitude, norm_layer, random  # noqa: F401
+from . import activation, block_influence, curvature, flow, gradient, magnitude, norm_layer, random  # noqa: F401
 from .evidence import Moments, gradients, observe, observing
 from .face import score
 from .lifting import Lift

@@ -41,7 +41,7 @@ class Criterion:
         function: see the module's docstring.
         kind: "elementwise" (a saliency per tensor entry, lifted by the face) or "unit" (a score per unit).
         needs: of "inputs" (one batch, for its shape only), "data" (batches) and "labels" (a loss on them).
-        groups: the groups for which it makes sense: "weight", "channel" or both.
+        groups: the groups for which it makes sense: of "weight", "channel" and "layer".
         signed: whether scores may be negative; then no mean, sum or maximum of them is a scale.
         lift: defaults of the lifting options.
         fixed: lifting options that belong to the definition, so that the caller cannot set them; of a "unit"
@@ -54,7 +54,7 @@ class Criterion:
     function: Function
     kind: Literal["elementwise", "unit"] = "elementwise"
     needs: tuple[Need, ...] = ()
-    groups: tuple[Literal["weight", "channel"], ...] = ("weight", "channel")
+    groups: tuple[Literal["weight", "channel", "layer"], ...] = ("weight", "channel", "layer")
     signed: bool = False
     lift: Lift = field(default_factory=Lift)
     fixed: tuple[str, ...] = ()

@@ -17,9 +17,10 @@ from ..core.errors import FileError, MissingExtraError, ModelError, ProofError
 from ..core.folder import replace
 from ..graph.config import fit
 from ..graph.twin import named_tensors
-from .agreement import agree, exporting, outputs
+from .agreement import exporting, outputs
 
 __all__ = ["save_pretrained"]
+
 
 def save_pretrained(model: nn.Module, folder: str | Path, *, example_inputs: Any = None) -> Path:
     """The folder that `from_pretrained` of the model's class loads.
@@ -70,12 +71,13 @@ def _expressed(model: Any, *, strictly: bool) -> Any:
     if found.left is None:
         raise ModelError(f"{type(model).__qualname__} cannot be built from its config: save it with save_model.")
     shapes = model.state_dict().keys()
-    wrong = [name for name, (made, has) in found.left.items() if strictly or name in shapes or made is None or has is None]
+    left = found.left.items()
+    wrong = [name for name, (made, has) in left if strictly or name in shapes or None in (made, has)]
     if wrong:
         made, has = (list(side) if isinstance(side, tuple) else side for side in found.left[wrong[0]])
         raise ModelError(
-            f"the config of {type(model).__qualname__} makes {wrong[0]!r} {made}, but it is {has}, and no one number of "
-            "the config fits all layers: save it with save_model."
+            f"the config of {type(model).__qualname__} makes {wrong[0]!r} {made}, but it is {has}, and no one number "
+            "of the config fits all layers: save it with save_model."
         )
     return found.config
 
@@ -103,16 +105,16 @@ def _same_code(model: nn.Module, loaded: nn.Module) -> None:
     for path, module in model.named_modules():
         if type(module) is not kinds.get(path):
             raise ModelError(
-                f"{path!r} runs other code since the cut, which a Hugging Face folder does not hold: save the model with "
-                "save_model, or pass example_inputs= to have its own code compared."
+                f"{path!r} runs other code since the cut, which a Hugging Face folder does not hold: save the model "
+                "with save_model, or pass example_inputs= to have its own code compared."
             )
 
 
 def _same_outputs(model: nn.Module, loaded: nn.Module, example_inputs: Any) -> None:
-    with exporting(model), exporting(loaded):
-        found = []
-        for form in (model, loaded):
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                found.append(outputs(form, example_inputs))
-    agree(*found, "what from_pretrained loads", None)
+    found = []
+    for form in (model, loaded):
+        with exporting(form), torch.random.fork_rng():
+            torch.manual_seed(0)
+            found.append(outputs(form, example_inputs))
+    if not all(torch.equal(one, other) for one, other in zip(*found, strict=True)):
+        raise ProofError("what from_pretrained loads computes something else: save the model with save_model.")

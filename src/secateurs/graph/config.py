@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations
@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-# So many numbers of a config are changed at once where fewer help nothing, as a width, its projection and its heads.
-_TOGETHER = 3
+# After so many tries a search ends with what it has; what can be found has been, in all families tried, after half.
+_MOST = 250
 
 __all__ = ["Built", "Fit", "fit", "mend_config"]
 
@@ -61,11 +61,13 @@ class Fit:
         changes: of the fields whose number is another one, the old and the new number.
         left: what the config makes otherwise than the model has it, as (made, has), shapes first; None if the class
             cannot be built from a config.
+        bent: of these the integers that the config changes and the cut did not: nothing needed them.
     """
 
     config: Any
     changes: Mapping[_Field, tuple[Any, Any]]
     left: Mapping[str, tuple[Any, Any]] | None
+    bent: frozenset[str] = frozenset()
 
 
 def fit(model: nn.Module, *, agreed: bool = False) -> Fit:
@@ -79,7 +81,7 @@ def fit(model: nn.Module, *, agreed: bool = False) -> Fit:
         return Fit(copy.deepcopy(model.config), {}, None)
     found = search.run()
     found = search.agreed(found) if agreed else found
-    return Fit(found.config, search.changes(found), found.built.unlike(built(model)))
+    return Fit(found.config, search.changes(found), found.built.unlike(built(model)), found.bent)
 
 
 def mend_config(model: nn.Module) -> Callable[[], None] | None:
@@ -95,7 +97,7 @@ def mend_config(model: nn.Module) -> Callable[[], None] | None:
         return None
     changes = found.changes.items()
     undo = [_set_field(c, f, new) for c in _configs(model) for f, (old, new) in changes if _fields(c).get(f) == old]
-    undo += _follow(model, found.left or {})
+    undo += _follow(model, found)
 
     def put_back() -> None:
         for step in reversed(undo):
@@ -110,12 +112,18 @@ def _configs(model: nn.Module) -> list[Any]:
     return list({id(config): config for config in held if hasattr(config, "to_dict")}.values())
 
 
-def _follow(model: nn.Module, left: Mapping[str, tuple[Any, Any]]) -> list[Callable[[], None]]:
-    """Sets integers of modules as the config makes them; gives the ways back."""
+def _follow(model: nn.Module, found: Fit) -> list[Callable[[], None]]:
+    """Sets integers of modules as the config makes them; gives the ways back.
+
+    Where all shapes are as the config makes them, so are all integers: one that the cut has changed followed another
+    of its value by chance.
+    """
+    left = found.left or {}
+    whole = not left.keys() & model.state_dict().keys()
     undo = []
     for name, (made, has) in left.items():
         path, _, attribute = name.rpartition(".")
-        if type(made) is type(has) is int:
+        if name in found.bent or (whole and type(made) is type(has) is int):
             undo.append(_set(model.get_submodule(path), attribute, made))
     return undo
 
@@ -164,7 +172,7 @@ def _uninitialised() -> contextlib.AbstractContextManager[Any]:
         from transformers.initialization import no_init_weights
     except ImportError:
         return contextlib.nullcontext()
-    return no_init_weights()  # type: ignore[no-any-return, no-untyped-call]  # transformers leaves it unannotated
+    return no_init_weights()
 
 
 # -- the fields of a config --------------------------------------------------------------------------------------------
@@ -235,10 +243,12 @@ class _Search:
         self._config = copy.deepcopy(model.config)
         self._own = built(model)
         self._idle: set[_Field] = set()
+        self._tries = 0
         self.first = _build(self._kind, self._config)
 
     def run(self) -> _Trial:
         """The nearest that was found."""
+        assert self.first is not None
         now = self._judged(self._config, self.first)
         if not now.wrong:
             return now
@@ -254,17 +264,24 @@ class _Search:
         return {f: (before.get(f), new) for f, new in _fields(found.config).items() if before.get(f) != new}
 
     def agreed(self, found: _Trial) -> _Trial:
-        """Without the changes of numbers of which something is made that the model has otherwise."""
-        for field in self.changes(found) if found.wrong else ():
-            without = self._without(found, field)
-            if without is not None and found.wrong & _touched(found.built, without.built):
-                found = without
-        return found
+        """Without the changes of numbers of which something is made that the model has otherwise.
 
-    def _without(self, found: _Trial, field: _Field) -> _Trial | None:
-        return self._trial(
-            _changed(self._config, [(f, new) for f, (_, new) in self.changes(found).items() if f != field])
-        )
+        While anything is left wrong, that an integer bends is no sign that nothing needs it: half as many key-value
+        heads fit the shapes of keys of half the size.
+        """
+        if not found.wrong:
+            return found
+        assert self.first is not None
+        for field in self.changes(found):
+            without = self._without(found, [field])
+            if without is not None and (found.wrong | found.bent) & _touched(found.built, without.built):
+                found = without
+        disputed = (found.wrong | found.bent) & _touched(found.built, self.first)
+        return self._judged(self._config, self.first) if disputed else found
+
+    def _without(self, found: _Trial, fields: Sequence[_Field]) -> _Trial | None:
+        kept = [(field, new) for field, (_, new) in self.changes(found).items() if field not in fields]
+        return self._trial(_changed(self._config, kept))
 
     def _trial(self, config: Any | None) -> _Trial | None:
         made = None if config is None else _build(self._kind, config)
@@ -282,23 +299,31 @@ class _Search:
     def _better(self, now: _Trial) -> _Trial | None:
         """The best next step: one that makes nothing else wrong before one that bends, few changes before many."""
         singles = {change: found for change in self._candidates(now) if (found := self._tried(now, [change]))}
-        related = [change for change, found in singles.items() if self._concerns(found, now)]
-        bending = None
-        for number in range(1, _TOGETHER + 1):
-            tried = [self._tried(now, c) for c in _together(related, number)] if number > 1 else list(singles.values())
-            if found := _best(now, tried, bending=False):
-                return found
-            bending = bending or _best(now, tried, bending=True)
-        return bending
+        if found := _best(now, singles.values(), bending=False):
+            return self._more(found, [change for change, trial in singles.items() if trial.wrong < now.wrong])
+        bending = _best(now, singles.values(), bending=True)
+        if not now.wrong:
+            return bending
+        live = [change for change, trial in singles.items() if now.built.shapes.keys() <= trial.built.shapes.keys()]
+        related = [change for change in live if _touched(singles[change].built, now.built) & now.wrong]
+        pairs = self._tried_together(now, _pairs(related, live))
+        if found := _best(now, pairs, bending=False) or bending or _best(now, pairs, bending=True):
+            return found
+        return _best(now, self._tried_together(now, combinations(related, 3)), bending=True)
 
-    def _concerns(self, found: _Trial, now: _Trial) -> bool:
-        """Whether a change has to do with what is wrong, and leaves the model its tensors."""
-        if found.built.shapes.keys() != now.built.shapes.keys():
-            return False
-        return bool(_touched(found.built, now.built) & (now.wrong | now.bent))
+    def _tried_together(self, now: _Trial, several: Iterable[tuple[_Change, ...]]) -> list[_Trial]:
+        return [t for some in several if _alike(some, now.config) and (t := self._tried(now, some))]
+
+    def _more(self, now: _Trial, changes: Sequence[_Change]) -> _Trial:
+        """After one step those others that help still, without asking again which is best."""
+        for change in changes:
+            found = self._tried(now, [change])
+            now = (found and _best(now, [found], bending=False)) or now
+        return now
 
     def _tried(self, now: _Trial, changes: Sequence[_Change]) -> _Trial | None:
-        found = self._trial(_changed(now.config, changes))
+        self._tries += 1
+        found = self._trial(_changed(now.config, changes)) if self._tries <= _MOST else None
         if found is not None and len(changes) == 1 and found.built == now.built:
             self._idle.add(changes[0][0])
         return found
@@ -309,18 +334,16 @@ class _Search:
         steps = _steps(unlike)
         # What a number is divided by grows where the quotient shrinks.
         steps += [(new, old) for old, new in _steps({name: unlike[name] for name in now.bent})]
-        sums = [has - made for made, has in unlike.values() if type(made) is type(has) is int]
+        sizes = {n for shape in now.built.shapes.values() for n in shape}
         out: dict[_Change, None] = {}
         for field, value in _fields(now.config).items():
-            if field in self._idle or value <= 1 - isinstance(value, float):
+            if field in self._idle:
                 continue
-            if type(value) is int:
+            if type(value) is int and value > 1:
                 out |= {(field, value * new // old): None for old, new in steps if (value * new) % old == 0}
-                out |= {(field, value + more): None for more in sums}
-            else:
-                sizes = {n for shape in now.built.shapes.values() for n in shape}
+            elif type(value) is float and value > 0:
                 out |= {(field, value * new / old): None for old, new in steps if old / value in sizes}
-        return [(field, value) for field, value in out if value > 0]
+        return list(out)
 
     def _spelt_out(self, now: _Trial) -> _Trial | None:
         """The config with numbers given that its class works out from others unless they are, under the same name."""
@@ -334,8 +357,9 @@ class _Search:
 
     def _without_idle(self, now: _Trial) -> _Trial:
         """Without the numbers that were given and do nothing."""
-        for field, (old, _) in self.changes(now).items():
-            found = self._without(now, field) if old is None else None
+        given = [field for field, (old, _) in self.changes(now).items() if old is None]
+        for fields in (given, *([field] for field in given)):
+            found = self._without(now, fields)
             now = found if found is not None and found.built == now.built else now
         return now
 
@@ -364,18 +388,24 @@ def _steps(unlike: Mapping[str, tuple[Any, Any]]) -> list[tuple[int, int]]:
     return list(found)
 
 
-def _together(changes: Sequence[_Change], number: int) -> list[tuple[_Change, ...]]:
-    """Changes of so many different fields."""
-    return [some for some in combinations(changes, number) if len({field for field, _ in some}) == number]
+def _pairs(related: Sequence[_Change], live: Sequence[_Change]) -> list[tuple[_Change, ...]]:
+    """Pairs of changes of which one at least is related to what is wrong."""
+    return [pair for pair in combinations(live, 2) if pair[0] in related or pair[1] in related]
 
 
-def _best(now: _Trial, found: Sequence[_Trial | None], *, bending: bool) -> _Trial | None:
+def _alike(changes: Sequence[_Change], config: Any) -> bool:
+    """Whether the changes are of different fields and in one proportion."""
+    fields = _fields(config)
+    alike = {Fraction(new) / Fraction(fields[field]) for field, new in changes}
+    return len(alike) == 1 and len({field for field, _ in changes}) == len(changes)
+
+
+def _best(now: _Trial, found: Iterable[_Trial], *, bending: bool) -> _Trial | None:
     """The trial with the least left that is wrong, of those that make nothing wrong that was right."""
     good = [
         trial
         for trial in found
-        if trial is not None
-        and (trial.wrong < now.wrong or (trial.wrong == now.wrong and trial.bent < now.bent))
+        if (trial.wrong < now.wrong or (trial.wrong == now.wrong and trial.bent < now.bent))
         and (bending or trial.bent <= now.bent)
     ]
     return min(good, key=lambda t: (len(t.wrong), len(t.bent)), default=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from torch import nn
 from .layers import Edits, drop
 from .twin import meta_twin
 
-__all__ = ["config_edits", "counting_attributes", "numbering"]
+__all__ = ["config_edits", "counting_attributes", "numbering", "without_chance"]
 
 _WORDS = ("layer", "block", "depth")
+_PLACES = (*_WORDS, "id", "index", "number")
 _Shapes = dict[str, tuple[int, ...]]
 
 
@@ -30,6 +32,16 @@ def numbering(container: nn.Module) -> tuple[str, ...]:
                 if type(value) is int:
                     offsets.setdefault(f"{path}.{name}" if path else name, []).append(value - place)
     return tuple(name for name, found in offsets.items() if len(found) > 1 and len(set(found)) == 1)
+
+
+def without_chance(edits: Edits) -> Edits:
+    """`edits` without numberings whose name does not say that they are one: a rate may grow with the blocks, too."""
+    said = {c: tuple(n for n in names if _says_place(n)) for c, names in edits.numbered.items()}
+    return replace(edits, numbered={container: names for container, names in said.items() if names})
+
+
+def _says_place(attribute: str) -> bool:
+    return any(word in attribute.rpartition(".")[2] for word in _PLACES)
 
 
 def counting_attributes(model: nn.Module, container: str, *, named: bool) -> list[str]:
@@ -65,12 +77,12 @@ def config_edits(model: nn.Module, container: str, block: str) -> Edits:
         config = getattr(module, "config", None)
         if config is None or id(config) in seen or not hasattr(config, "to_dict"):
             continue
-        seen.add(id(config))
         place = f"{path}.config" if path else "config"
         counted, listed = _fields_counting(module, container[len(path) :].lstrip("."), block[len(path) :].lstrip("."))
-        edits = edits.joined(
-            Edits({f"{place}.{f}": container for f in counted}, {f"{place}.{f}": container for f in listed})
-        )
+        if counted:
+            seen.add(id(config))
+            counts, lists = ({f"{place}.{name}": container for name in names} for names in (counted, listed))
+            edits = edits.joined(Edits(counts, lists))
     return edits
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..core.errors import PlanError, ProofError
 from ..core.units import Group
 from .compact import Reference, as_is
 from .fallback import install
+from .layers import LayerStructure, without
 from .mend import apply_edits
 from .run import output_tensors, running
 from .structure import Structure, fingerprint
@@ -60,17 +61,19 @@ def mask(model: nn.Module, groups: Sequence[Group], keep: Mapping[str, Tensor]) 
         return twin(model, {name: own[name].detach() * m.to(own[name].device) for name, m in masks.items()})
 
 
-def cut(model: nn.Module, structure: Structure, keep: Mapping[str, Tensor]) -> nn.Module:
-    """A smaller copy of `model`: removed units are sliced out of every tensor, module integers follow.
+def cut(model: nn.Module, structure: Structure | LayerStructure, keep: Mapping[str, Tensor]) -> nn.Module:
+    """A smaller copy of `model`: removed units are sliced out of every tensor, or layers left out; integers follow.
 
     Args:
-        structure: from `infer` on a model of the same shapes.
+        structure: from `infer` or `depth.infer_layers` on a model of the same shapes.
         keep: bool [units] for each group; a group without one stays whole.
 
     Raises:
         PlanError: the structure belongs to a model of other names or shapes.
     """
     check_fits(model, structure)
+    if isinstance(structure, LayerStructure):
+        return without(model, structure, keep)
     counts = {name: int(m.sum()) for name, m in keep.items()}
     sliced: dict[str, Tensor] = {}
     with torch.no_grad():
@@ -86,7 +89,7 @@ def cut(model: nn.Module, structure: Structure, keep: Mapping[str, Tensor]) -> n
     return smaller
 
 
-def check_fits(model: nn.Module, structure: Structure) -> None:
+def check_fits(model: nn.Module, structure: Structure | LayerStructure) -> None:
     """Refuse a model of other names or shapes than the structure was inferred from.
 
     Raises:
@@ -114,7 +117,13 @@ def _sliced(tensor: Tensor, keeps: Sequence[Tensor]) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def prove(masked: nn.Module, smaller: nn.Module, example_inputs: Any, reference: Reference = as_is) -> float:
+def prove(
+    masked: nn.Module,
+    smaller: nn.Module,
+    example_inputs: Any,
+    reference: Reference = as_is,
+    original: Callable[[str], str] = str,
+) -> float:
     """The largest relative difference between two forms of one decision, over outputs and inner activations.
 
     Both run in evaluation mode, on the same inputs and random numbers; neither is changed. Compared are the outputs,
@@ -124,17 +133,18 @@ def prove(masked: nn.Module, smaller: nn.Module, example_inputs: Any, reference:
 
     Args:
         reference: how the masked model is run; see `compact.on_kept`.
+        original: from the path of a module in the cut model to its path in the masked one.
 
     Raises:
         ProofError: the cut model does not run, or the outputs differ in number, in shape or in value.
     """
-    error, where = _difference(masked, smaller, example_inputs, reference)
+    error, where = _difference(masked, smaller, example_inputs, reference, original)
     if error <= _QUICK:
         return error
     for dtype, allowed in _CLOSER.items():
         pair = _cast(masked, dtype), _cast(smaller, dtype)
         try:
-            error, where = _difference(*pair, _cast_tree(example_inputs, dtype), reference)
+            error, where = _difference(*pair, _cast_tree(example_inputs, dtype), reference, original)
         except (RuntimeError, TypeError):
             continue
         if error <= allowed:
@@ -146,16 +156,21 @@ def prove(masked: nn.Module, smaller: nn.Module, example_inputs: Any, reference:
     )
 
 
-def _difference(masked: nn.Module, smaller: nn.Module, inputs: Any, reference: Reference) -> tuple[float, str]:
+def _difference(
+    masked: nn.Module, smaller: nn.Module, inputs: Any, reference: Reference, original: Callable[[str], str]
+) -> tuple[float, str]:
     wanted = _witnesses(masked, inputs, reference)
-    got = _witnesses_of_cut(smaller, inputs)
+    got = _witnesses_of_cut(smaller, inputs, original)
     if len(wanted.outputs) != len(got.outputs):
         raise ProofError(f"the cut model has {len(got.outputs)} outputs, the original {len(wanted.outputs)}.")
     pairs = {f"output {i}": pair for i, pair in enumerate(zip(wanted.outputs, got.outputs, strict=True))}
     for name, (a, b) in pairs.items():
         if a.shape != b.shape:
             raise ProofError(f"{name} of the cut model has shape {list(b.shape)}, of the original {list(a.shape)}.")
-    inner = {name: (a, got.inner[name]) for name, a in wanted.inner.items() if name in got.inner}
+    # A module that runs more often in one form has calls without a counterpart, and nobody can tell which.
+    often = {path for path, calls in wanted.calls.items() if got.calls.get(path) == calls}
+    both = [(path, n) for path, n in wanted.inner if path in often and (path, n) in got.inner]
+    inner = {f"{path}, call {n}": (wanted.inner[path, n], got.inner[path, n]) for path, n in both}
     pairs.update({name: (a, b) for name, (a, b) in inner.items() if a.shape == b.shape})
     worst, where = 0.0, "the output"
     for name, (a, b) in pairs.items():
@@ -178,7 +193,8 @@ class _Witnesses:
     """What a run shows: every output whole, and a sample of each module's first output at each of its calls."""
 
     outputs: list[_Witness]
-    inner: dict[str, _Witness]
+    inner: dict[tuple[str, int], _Witness]
+    calls: Mapping[str, int]
 
 
 def _witness(tensor: Tensor, sample: bool) -> _Witness:
@@ -188,9 +204,9 @@ def _witness(tensor: Tensor, sample: bool) -> _Witness:
     return _Witness(tensor.shape, (torch.view_as_real(flat).flatten() if flat.is_complex() else flat).double().clone())
 
 
-def _witnesses_of_cut(model: nn.Module, inputs: Any) -> _Witnesses:
+def _witnesses_of_cut(model: nn.Module, inputs: Any, original: Callable[[str], str]) -> _Witnesses:
     try:
-        return _witnesses(model, inputs, as_is)
+        return _witnesses(model, inputs, as_is, original)
     except Exception as error:
         raise ProofError(
             f"the cut model does not run on the example inputs ({type(error).__name__}: {error}), so it is not used. "
@@ -198,21 +214,21 @@ def _witnesses_of_cut(model: nn.Module, inputs: Any) -> _Witnesses:
         ) from error
 
 
-def _witnesses(model: nn.Module, inputs: Any, reference: Reference) -> _Witnesses:
+def _witnesses(model: nn.Module, inputs: Any, reference: Reference, original: Callable[[str], str] = str) -> _Witnesses:
     # What a forward pass leaves behind in buffers and attributes stays in this copy.
     model = twin(model, {name: p.detach() for name, p in model.named_parameters()}).eval()
-    inner: dict[str, _Witness] = {}
+    inner: dict[tuple[str, int], _Witness] = {}
     calls: Counter[str] = Counter()
 
     def look(path: str, output: Any) -> None:
         calls[path] += 1
         tensors = [t for t in output_tensors(output) if t.is_floating_point() and t.numel()]
         if tensors:
-            inner[f"{path}, call {calls[path]}"] = _witness(tensors[0], sample=True)
+            inner[path, calls[path]] = _witness(tensors[0], sample=True)
 
     for path, module in model.named_modules():
         if path:
-            module.register_forward_hook(lambda _m, _i, out, path=path: look(path, out))
+            module.register_forward_hook(lambda _m, _i, out, path=path: look(original(path), out))
     device = device_of(model)
     # The state of the random numbers is put back, so both forms see the same.
     with (
@@ -221,7 +237,7 @@ def _witnesses(model: nn.Module, inputs: Any, reference: Reference) -> _Witnesse
         torch.random.fork_rng([device] if device.type == "cuda" else []),
     ):
         outputs = output_tensors(call(model, move(inputs, device)))
-    return _Witnesses([_witness(t, sample=False) for t in outputs], inner)
+    return _Witnesses([_witness(t, sample=False) for t in outputs], inner, calls)
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

@@ -9,11 +9,10 @@ some of the blocks must agree with one in which they pass their input on.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..core.batch import call, device_of
@@ -21,7 +20,7 @@ from ..core.cost import CostModel, Monomial
 from ..core.depth import LayerGroup
 from ..core.dims import Atom
 from ..core.errors import ModelError, ProofError
-from .counted import config_edits, counting_attributes, numbering
+from .counted import config_edits, counting_attributes, numbering, without_chance
 from .cut import prove
 from .layers import Edits, LayerStructure, drop, original_paths, pass_on
 from .run import Executing, output_tensors, place, running
@@ -32,6 +31,8 @@ from .twin import meta_twin, named_tensors, shared_twin
 __all__ = ["infer_layers"]
 
 _Shape = tuple[int, ...]
+_PLACE = "removing it differs from passing its input on: the code depends on its place"
+_USED = "what it returns beside its first tensor is used"
 
 
 def infer_layers(model: nn.Module, example_inputs: Any, macs: Mapping[str, float]) -> LayerStructure:
@@ -91,8 +92,12 @@ def _inside(path: str, outer: str) -> bool:
 
 @dataclass(frozen=True)
 class _Log:
-    """What a run did: the modules that returned, by their path in the whole model, with the shape of their first output,
-    and the shapes of the model's outputs."""
+    """What a run did.
+
+    Args:
+        events: the modules that returned, by their path in the whole model, with the shape of their first output.
+        outputs: shapes of the model's outputs.
+    """
 
     events: tuple[tuple[str, _Shape], ...]
     outputs: tuple[_Shape, ...]
@@ -154,7 +159,7 @@ def _watched(model: nn.Module, example_inputs: Any, held: Mapping[str, nn.Module
     except Exception as on_shapes:  # noqa: BLE001  (Python may ask shapes for values they do not have)
         try:
             return watched(False)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  (whatever it is, the user is told)
             raise ModelError(
                 f"the model does not run on the example inputs: {type(error).__name__}: {error}"
             ) from on_shapes
@@ -203,53 +208,66 @@ class _Container:
         self._inputs = example_inputs
         self._stage = stage
         self._container = container
+        self._found = found
         self._passing = {path: block.output or {} for path, block in found.items()}
-        self._children = [f"{container}.{name}" if container else name for name in model.get_submodule(container)._modules]
+        self._size = len(model.get_submodule(container)._modules)
 
     def tried(self, blocks: Sequence[str]) -> tuple[list[str], Edits, dict[str, str]]:
         """The blocks that can go, what follows them, and why the others stay."""
         if not blocks:
             return [], Edits(), {}
-        edits = self._edits(blocks[0])
-        joint = self._removable(blocks)
-        if self._refusal(joint, edits):
-            edits = self._counting(blocks[0], edits)
-        reasons: dict[str, str] = {}
-        if self._refusal(joint, edits):
-            reasons = {block: why for block in blocks if (why := self._refusal([block], edits))}
+        if self._size == 1:
+            return [], Edits(), {blocks[0]: f"nothing else is in {self._container or 'the model'}"}
+        # Of blocks of which one is special, that is mostly the first.
+        edits = self._edits(blocks[-1])
+        reasons = self._refused(blocks, edits)
+        if blocks[-1] in reasons and (counting := self._counting(blocks[-1], edits)) is not None:
+            edits, reasons = counting, self._refused(blocks, counting)
         kept = [block for block in blocks if block not in reasons]
-        if len(kept) == len(self._children) == 1:
-            return [], Edits(), {kept[0]: f"nothing else is in {self._container}"}
         if not kept:
             return [], Edits(), reasons
-        # Each of the others goes, so that all places behind change.
+        # Every other one goes, so that all places behind change.
         some = self._removable(kept)[::2]
-        for further in (edits, replace(edits, numbered={})):
-            difference = self._difference(some, further)
-            if not difference:
+        for further in self._variants(some, edits):
+            if not self._difference(some, further):
                 return kept, further, reasons
-        return [], Edits(), reasons | dict.fromkeys(kept, difference)
+        return [], Edits(), reasons | dict.fromkeys(kept, _PLACE)
+
+    def _refused(self, blocks: Sequence[str], edits: Edits) -> dict[str, str]:
+        """Those of `blocks` that cannot go, and why: all at once or, where that fails, in halves."""
+        why = self._refusal(self._removable(blocks), edits)
+        if not why or len(blocks) == 1:
+            return dict.fromkeys(blocks, why) if why else {}
+        half = len(blocks) // 2
+        return self._refused(blocks[:half], edits) | self._refused(blocks[half:], edits)
 
     def _removable(self, blocks: Sequence[str]) -> list[str]:
         """All of `blocks`, but for one where the container would be empty."""
-        return list(blocks[:-1] if len(blocks) == len(self._children) > 1 else blocks)
+        return list(blocks[:-1] if len(blocks) == self._size > 1 else blocks)
 
     def _edits(self, block: str) -> Edits:
         edits = config_edits(self._model, self._container, block)
         numbers = numbering(self._model.get_submodule(self._container))
-        named = counting_attributes(self._model, self._container, named=True)
-        owner = [key for key in named if _parent(key) == _parent(self._container)]
-        return edits.joined(
-            Edits(dict.fromkeys(owner, self._container), numbered={self._container: numbers} if numbers else {})
-        )
+        return edits.joined(Edits(numbered={self._container: numbers} if numbers else {}))
 
-    def _counting(self, block: str, edits: Edits) -> Edits:
-        """`edits` and the first attribute without which the model does not run with a block less."""
+    def _variants(self, gone: Sequence[str], edits: Edits) -> Iterator[Edits]:
+        """`edits` with what nothing needs but must not lie, as they are, and without what may be numbers by chance."""
+        keys = counting_attributes(self._model, self._container, named=True)
+        own = [key for key in keys if _parent(key) == _parent(self._container) and key not in edits.counted]
+        named = edits.joined(Edits(dict.fromkeys(own, self._container)))
+        if own and not self._refusal(gone, named):
+            yield named
+        yield edits
+        if (surer := without_chance(edits)) != edits:
+            yield surer
+
+    def _counting(self, block: str, edits: Edits) -> Edits | None:
+        """`edits` and the first attribute with which the model runs with a block less; None if none helps."""
         for key in counting_attributes(self._model, self._container, named=False):
             tried = edits.joined(Edits({key: self._container}))
             if not self._refusal([block], tried):
                 return tried
-        return edits
+        return None
 
     def _refusal(self, gone: Sequence[str], edits: Edits) -> str:
         """Why the blocks cannot go; empty if they can."""
@@ -258,25 +276,26 @@ class _Container:
             log = self._stage.run(self._stage.copy(), lambda copy: drop(copy, edits, gone))
         except Exception as error:  # noqa: BLE001  (the model's code may raise anything)
             return f"without it the model does not run: {type(error).__name__}: {_line(error)}"
-        if why := _other(expected, log):
+        why = _other(expected, log)
+        if why or not any(self._found[block].unread for block in gone):
             return why
         try:
             log = self._stage.run(self._stage.copy(), lambda copy: pass_on(copy, self._passing, gone, _Unread()))
-        except Exception as error:  # noqa: BLE001  (the model's code may raise anything)
-            return f"what it returns beside its first tensor is used: {type(error).__name__}: {_line(error)}"
-        return _other(expected, log.outside(gone), "what it returns beside its first tensor is used")
+        except Exception:  # noqa: BLE001  (the model's code may raise anything)
+            return _USED
+        return _other(expected, log.outside(gone), _USED)
 
-    def _difference(self, gone: Sequence[str], edits: Edits) -> str:
-        """Why a model without the blocks differs from one in which they pass their input on; empty if it does not."""
-        if not gone or any(t.is_meta for _, t in named_tensors(self._model)):
-            return ""
+    def _difference(self, gone: Sequence[str], edits: Edits) -> bool:
+        """Whether a model without the blocks differs from one in which they pass their input on."""
+        if any(t.is_meta for _, t in named_tensors(self._model)):
+            return False
         passing = pass_on(shared_twin(self._model), self._passing, gone)
         shorter = drop(shared_twin(self._model), edits, gone)
         try:
             prove(passing, shorter, self._inputs, original=original_paths(self._model, gone))
         except ProofError:
-            return "removing it differs from passing its input on: the code depends on its place"
-        return ""
+            return True
+        return False
 
 
 def _line(error: Exception) -> str:
@@ -296,10 +315,10 @@ def _other(expected: _Log, log: _Log, why: str = "") -> str:
 
 def _groups(model: nn.Module, container: str, blocks: Sequence[str], macs: Mapping[str, float]) -> list[LayerGroup]:
     """The blocks of a container, those of the same cost together."""
-    shares = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     classes: dict[tuple[float, ...], list[str]] = {}
+    shares = _holders(model)
     for block in blocks:
-        classes.setdefault(_cost(model, block, macs), []).append(block)
+        classes.setdefault(_cost(model, block, macs, shares), []).append(block)
     emptied = len(blocks) == len(model.get_submodule(container)._modules)
     return [
         LayerGroup(
@@ -313,19 +332,24 @@ def _groups(model: nn.Module, container: str, blocks: Sequence[str], macs: Mappi
     ]
 
 
+def _holders(module: nn.Module) -> Counter[int]:
+    """How many modules hold each parameter, by its id."""
+    return Counter(id(p) for m in module.modules() for p in m._parameters.values() if p is not None)
+
+
 def _owned(model: nn.Module, block: str, shares: Mapping[int, int]) -> tuple[str, ...]:
     """The names of the parameters that no module outside the block holds."""
     module = model.get_submodule(block)
-    own = Counter(id(p) for m in module.modules() for p in m._parameters.values() if p is not None)
+    own = _holders(module)
     return tuple(f"{block}.{name}" for name, p in module.named_parameters() if own[id(p)] == shares[id(p)])
 
 
-def _cost(model: nn.Module, block: str, macs: Mapping[str, float]) -> tuple[float, float, float]:
+def _cost(
+    model: nn.Module, block: str, macs: Mapping[str, float], shares: Mapping[int, int]
+) -> tuple[float, float, float]:
     """Parameters, MACs and bytes that go with a block."""
-    module = model.get_submodule(block)
-    shares = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     owned = [model.get_parameter(name) for name in _owned(model, block, shares)]
-    buffers = [b for b in module.buffers()]
+    buffers = model.get_submodule(block).buffers()
     return (
         sum(p.numel() for p in owned),
         sum(n for path, n in macs.items() if _inside(path, block)),
@@ -340,7 +364,8 @@ def _costs(model: nn.Module, groups: Sequence[LayerGroup], macs: Mapping[str, fl
         sum(macs.values()),
         sum(t.numel() * t.element_size() for t in tensors),
     )
-    each = [_cost(model, g.blocks[0], macs) for g in groups]
+    shares = _holders(model)
+    each = [_cost(model, g.blocks[0], macs, shares) for g in groups]
     metrics = {}
     for i, (metric, whole) in enumerate(zip(("params", "macs", "bytes"), wholes, strict=True)):
         units = [Monomial(cost[i], (Atom(g.name, g.size),), g.name) for g, cost in zip(groups, each, strict=True)]

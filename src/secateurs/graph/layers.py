@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.cost import CostModel
+from ..core.cost import CostModel, Monomial
 from ..core.depth import LayerGroup
+from ..core.dims import Atom
 from ..core.errors import FileError
-from .stream import Passing
+from .stream import passed
 from .structure import Frozen
 from .twin import twin
 
@@ -59,7 +61,7 @@ class LayerStructure:
 
     Args:
         groups: the blocks that can go.
-        passing: for each of them how its output is made of its input; see `stream.Passing`.
+        passing: for each of them how its output is made of its input; see `stream.passed`.
         edits: what follows them.
         costs: parameters, MACs and bytes as functions of the blocks kept.
         frozen: blocks with a residual stream that stay, and why; the tensor is the path of the block.
@@ -92,8 +94,17 @@ class LayerStructure:
         """Paths of the blocks that `keep`, bool [units] by group, leaves out."""
         return tuple(block for g in self.groups if g.name in keep for block in g.gone(keep[g.name]))
 
+    def restricted(self, blocks: Collection[str]) -> LayerStructure:
+        """The structure in which only the blocks named can go."""
+        left_out = [b for g in self.groups for b in g.blocks if b not in blocks]
+        # What is left out stays, so that no container of it is empty.
+        filled = {block.rpartition(".")[0] for block in left_out}
+        groups = tuple(g for g in (_restricted(g, blocks, filled) for g in self.groups) if g.size)
+        frozen = tuple(Frozen(block, 0, 1, "left out by scope or ignore") for block in left_out)
+        return replace(self, groups=groups, frozen=self.frozen + frozen, costs=_fewer(self.costs, self.groups, groups))
+
     def to_dict(self) -> dict[str, Any]:
-        """The structure as plain JSON values; the groups in the costs are called `g0`, `g1` …"""
+        """The structure as plain JSON values; the costs are kept beside it."""
         return {
             "depth": [vars(g) for g in self.groups],
             "passing": dict(self.passing),
@@ -124,6 +135,30 @@ class LayerStructure:
             raise FileError(f"the structure of this plan cannot be read: {error}.") from error
 
 
+def _restricted(group: LayerGroup, blocks: Collection[str], filled: Collection[str]) -> LayerGroup:
+    """The group with only those of its units that are among `blocks`; all of them may go from `filled` containers."""
+    kept = [(b, names) for b, names in zip(group.blocks, group.owned, strict=True) if b in blocks]
+    return replace(
+        group,
+        blocks=tuple(b for b, _ in kept),
+        owned=tuple(names for _, names in kept),
+        least=0 if group.container in filled else group.least,
+    )
+
+
+def _fewer(costs: CostModel, before: Sequence[LayerGroup], after: Sequence[LayerGroup]) -> CostModel:
+    """`costs` with those of the units that are no longer in a group among the rest."""
+    atoms = {g.name: Atom(g.name, g.size) for g in after}
+    lost = {g.name: g.size - (atoms[g.name].n if g.name in atoms else 0) for g in before}
+    metrics = {}
+    for metric, monomials in costs.metrics.items():
+        each = {m.source: m.coefficient for m in monomials if m.dims}
+        rest = sum(m.coefficient for m in monomials if not m.dims) + sum(lost[name] * c for name, c in each.items())
+        units = [Monomial(c, (atoms[name],), name) for name, c in each.items() if name in atoms]
+        metrics[metric] = (*units, Monomial(rest, (), "the rest"))
+    return CostModel(metrics)
+
+
 def layer_groups(data: Mapping[str, Any]) -> tuple[LayerGroup, ...]:
     """The groups in what `LayerStructure.to_dict` wrote."""
     return tuple(
@@ -148,7 +183,7 @@ def pass_on(
 ) -> nn.Module:
     """`model` itself, in which the blocks `gone` pass their input on."""
     for block in gone:
-        model.get_submodule(block).forward = Passing(passing[block], unread)
+        model.get_submodule(block).forward = partial(passed, passing[block], unread)
     return model
 
 

@@ -15,10 +15,11 @@ from ..core.cost import CostModel
 from ..core.errors import FileError, PlanError, ProofError
 from ..core.plan import Plan, Recipe, pack, unpack
 from ..core.state import read_state, write_state
-from ..core.units import ChannelGroup, WeightGroup
+from ..core.units import Group, WeightGroup
 from .compact import on_kept
 from .config import mend_config
 from .cut import check_fits, cut, element_masks, mask, prove
+from .layers import LayerStructure, layer_groups, original_paths, skipped
 from .structure import Structure, fingerprint, long_names, short_names, substituted
 from .twin import named_tensors
 
@@ -52,13 +53,14 @@ class ModelPlan(Plan):
     Args:
         fingerprint: of the names and shapes of the model's tensors.
         digest: of their values, too; a plan may be applied to other values, such as fine-tuned or rewound ones.
-        structure: for channel units, what the shape algebra found; None for single weights.
+        structure: for channel units, what the shape algebra found, and for layers, which can go; None for single
+            weights.
         example_inputs: what the model is run on to prove a cut.
     """
 
     fingerprint: str = ""
     digest: str = ""
-    structure: Structure | None = None
+    structure: Structure | LayerStructure | None = None
     example_inputs: Any = None
 
     def masks(self, model: nn.Module) -> dict[str, Tensor]:
@@ -68,10 +70,14 @@ class ModelPlan(Plan):
     def mask(self, model: nn.Module) -> nn.Module:
         """A copy of `model` in which everything that goes is zero; it is neither smaller nor faster.
 
+        Layers that go pass their input on.
+
         Raises:
             PlanError: the plan is for another model.
         """
         self.check(model)
+        if isinstance(self.structure, LayerStructure):
+            return skipped(model, self.structure, self.keep)
         return mask(model, self.groups, self.keep)
 
     def cut(self, model: nn.Module) -> nn.Module:
@@ -92,6 +98,9 @@ class ModelPlan(Plan):
                 "use plan.mask(model), or granularity='channel' for a smaller model."
             )
         smaller = cut(model, self.structure, self.keep)
+        if isinstance(self.structure, LayerStructure):
+            masked, original = self.mask(model), original_paths(model, self.structure.gone(self.keep))
+            return smaller, prove(masked, smaller, self.example_inputs, original=original)
         masked = mask(model, self.groups, self.keep)
         proof = partial(prove, masked, smaller, self.example_inputs, on_kept(self.structure, self.keep))
         undo = mend_config(smaller)
@@ -145,18 +154,25 @@ class ModelPlan(Plan):
         """
         tree = read_state(path, _KIND)
         try:
-            structure = None if tree["structure"] is None else Structure.from_dict(tree["structure"])
-            groups: tuple[ChannelGroup | WeightGroup, ...]
-            if structure is not None:
-                groups = structure.groups
-            else:
+            structure: Structure | LayerStructure | None = None
+            groups: tuple[Group, ...]
+            found = tree["structure"]
+            if found is None:
                 groups = tuple(WeightGroup(n, tuple(shape), (b[0], b[1])) for n, shape, b in tree["groups"])
+            elif "depth" in found:
+                groups = layer_groups(found)
+            else:
+                structure = Structure.from_dict(found)
+                groups = structure.groups
             costs = CostModel.from_dict(tree["costs"], {f"g{i}": g.size for i, g in enumerate(groups)})
+            costs = substituted(costs, long_names(groups))
+            if found is not None and structure is None:
+                structure = LayerStructure.from_dict(found, costs)
             return cls(
                 groups=groups,
                 scores=tree["scores"],
                 keep={name: unpack(bits, n) for name, (bits, n) in tree["keep"].items()},
-                costs=substituted(costs, long_names(groups)),
+                costs=costs,
                 recipe=Recipe.from_dict(tree["recipe"]),
                 fingerprint=tree["fingerprint"],
                 digest=tree["digest"],

@@ -19,13 +19,16 @@ from torch.utils.hooks import RemovableHandle
 
 from .run import Executing, tensors_in
 
-__all__ = ["Block", "Fields", "Passing", "Streams"]
+__all__ = ["Block", "Fields", "Streams", "passed"]
 
 # Elementwise ops that PyTorch does not tag as such, reorderings, and norms.
 _CARRYING = frozenset(
-    "_to_copy alias clone contiguous copy detach dropout hardswish native_dropout permute reshape roll squeeze t "
-    "transpose unsqueeze _unsafe_view view _reshape_alias native_layer_norm native_batch_norm native_group_norm "
-    "_fused_rms_norm _native_batch_norm_legit_no_training cudnn_batch_norm".split()
+    {
+        *("_to_copy", "alias", "clone", "contiguous", "copy", "detach", "dropout", "hardswish", "native_dropout"),
+        *("_reshape_alias", "_unsafe_view", "permute", "reshape", "roll", "squeeze", "t", "transpose", "unsqueeze"),
+        *("_fused_rms_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "native_batch_norm"),
+        *("native_group_norm", "native_layer_norm", "view"),
+    }
 )
 _ADDING = frozenset({"add", "addcmul", "lerp", "rsub", "sub"})
 _PLAIN = (type(None), bool, int, float, str)
@@ -36,7 +39,7 @@ class Block:
     """What a run showed of a module.
 
     Args:
-        output: how its output is made of its input when it passes that on, as `Passing` takes it; None where no
+        output: how its output is made of its input when it passes that on, as `passed` takes it; None where no
             residual stream goes through it.
         unread: whether something in its output is neither the stream nor one of its inputs.
     """
@@ -58,23 +61,17 @@ class Fields(dict[str, Any]):
             raise AttributeError(name) from None
 
 
-class Passing:
-    """The forward of a block that is left out: its input, in the form in which the block returned its output.
+def passed(output: Mapping[str, Any], unread: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """What a block that is left out returns: its input, in the form in which it returned its output.
 
     Args:
         output: `{"input": [position, name, key …]}` for an argument or what lies in it, `{"value": constant}`,
             `{"tuple": […]}`, `{"list": […]}`, `{"fields": {…}}` of such, or `{"unread": true}`.
         unread: what stands for values that only the block itself could compute; nobody may look at it.
+        args, kwargs: what the block is called with.
     """
 
-    def __init__(self, output: Mapping[str, Any], unread: Any = None) -> None:
-        self.output = output
-        self.unread = unread
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._made(self.output, args, kwargs)
-
-    def _made(self, node: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def made(node: Mapping[str, Any]) -> Any:
         (kind, held), *_ = node.items()
         match kind:
             case "input":
@@ -82,17 +79,19 @@ class Passing:
             case "value":
                 return held
             case "tuple":
-                return tuple(self._made(part, args, kwargs) for part in held)
+                return tuple(map(made, held))
             case "list":
-                return [self._made(part, args, kwargs) for part in held]
+                return list(map(made, held))
             case "fields":
-                return Fields({key: self._made(part, args, kwargs) for key, part in held.items()})
-        return self.unread
+                return Fields({key: made(part) for key, part in held.items()})
+        return unread
+
+    return made(output)
 
 
 def _argument(address: Sequence[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     position, name, *keys = address
-    value = args[position] if 0 <= position < len(args) else kwargs.get(name)
+    value: Any = args[position] if 0 <= position < len(args) else kwargs.get(name)
     for key in keys:
         value = value[key]
     return value
@@ -165,9 +164,7 @@ class _Frame:
     ) -> tuple[Address, bool]:
         states = [self._streams[id(t)] for t in carried]
         origin = next((origin for origin, added in states if added), states[0][0])
-        added = _name(func) in _ADDING and any(
-            id(t) not in self._streams and t.numel() == made.numel() for t in known
-        )
+        added = _name(func) in _ADDING and any(id(t) not in self._streams and t.numel() == made.numel() for t in known)
         return origin, added or any(added for _, added in states)
 
     def block(self, output: Any) -> Block:

@@ -1,6 +1,15 @@
 """The catalogue: one file a published system, in folders by the unit it prunes. Importing it registers them all."""
 
 from .channels import rethinking_value, spa_obspa
-from .weights import global_magnitude, gradual_magnitude, granet, random_pruning
+from .weights import global_magnitude, gradual_magnitude, granet, pdp, pq_index_sap, random_pruning
 
-__all__ = ["global_magnitude", "gradual_magnitude", "granet", "random_pruning", "rethinking_value", "spa_obspa"]
+__all__ = [
+    "global_magnitude",
+    "gradual_magnitude",
+    "granet",
+    "pdp",
+    "pq_index_sap",
+    "random_pruning",
+    "rethinking_value",
+    "spa_obspa",
+]

@@ -34,12 +34,13 @@ def repaired(model: nn.Module, decided: ModelPlan, data: Iterable[Any], *, dampi
 
     Raises:
         DataError: there is no batch.
-        OptionError: a plan over single weights.
+        OptionError: a plan over single weights or whole layers.
         ModelError: a layer cannot be repaired, is never called, or its hessian cannot be inverted.
     """
     decided.check(model)
-    if decided.structure is None:
-        raise OptionError("what is repaired are the consumers of removed channels; this plan removes single weights.")
+    if not isinstance(decided.structure, Structure):
+        removed = "single weights" if decided.structure is None else "whole layers"
+        raise OptionError(f"what is repaired are the consumers of removed channels; this plan removes {removed}.")
     stays = _consumed(decided.structure, decided.keep)
     for tensor in stays:
         _check_repairable(model, tensor)

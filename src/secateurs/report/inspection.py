@@ -56,6 +56,8 @@ class UnitGroup:
         multiple: the number that stays must be a multiple of this.
         time: the share of these layers in the time of all layers; None if not measured.
         measured: what a unit costs in time; None if not measured.
+        index: PQ index (p = 0.5, q = 1) of the units' magnitudes, 0 if all are equal; None without values.
+        bound: the fewest units that can hold what matters, as the index implies.
     """
 
     name: str
@@ -72,6 +74,8 @@ class UnitGroup:
     multiple: int = 1
     time: float | None = None
     measured: UnitTime | None = None
+    index: float | None = None
+    bound: int | None = None
 
     def __post_init__(self) -> None:
         settle(self)

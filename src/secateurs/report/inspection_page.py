@@ -8,7 +8,7 @@ from typing import Any
 
 from . import lanes, svg
 from .inspection import Inspection, ModelLayer, UnitGroup
-from .inspection_text import few, measured, reach
+from .inspection_text import few, measured, reach, spread
 from .page import FIRST, MOST, environment
 from .reasons import plain, stays
 from .views import Card
@@ -60,6 +60,7 @@ def _view(found: Inspection) -> dict[str, Any]:
         "timed": any(group.time is not None for group in found.groups),
         "noisy": any(group.measured is not None and group.measured.noisy for group in found.groups),
         "measured": measured,
+        "spread": spread,
         "reasons": reasons,
         "stay_count": len(found.frozen),
     }

@@ -16,6 +16,7 @@ __all__ = [
     "measured",
     "reach",
     "shared",
+    "spread",
     "stay_lines",
     "to_text",
     "unknown_lines",
@@ -23,6 +24,7 @@ __all__ = [
 
 # Lists of groups stop at ten in a text; the page has the rest.
 FIRST = 10
+_SPREAD = ("PQ index>", "needed>")
 _COSTS, _TIMES = ("params a unit>", "MACs a unit>", "bytes a unit>"), ("layers' time>", "time a unit>")
 
 
@@ -52,16 +54,30 @@ def reach(found: Inspection) -> str:
 
 
 def columns(found: Inspection) -> tuple[str, ...]:
-    """Heads of the table of groups, with the times if any were measured; ">" at the end asks for the right side."""
+    """Heads of the table of groups, with index and times if there are any; ">" at the end asks for the right side."""
     timed = any(group.time is not None for group in found.groups)
-    return ("group", "kind", "units>", *_COSTS, *(_TIMES if timed else ()), "layers that share the width")
+    told = any(group.index is not None for group in found.groups)
+    known = (*(_SPREAD if told else ()), *_COSTS, *(_TIMES if timed else ()))
+    return ("group", "kind", "units>", *known, "layers that share the width")
 
 
 def group_cells(group: UnitGroup) -> tuple[str, ...]:
-    """A row of the table of groups; the times only if the group has them."""
+    """A row of the table of groups; index and times only if the group has them."""
     times = () if group.time is None else (share(group.time), measured(group.measured))
     costs = count(group.params_per_unit), count(group.macs_per_unit), file_size(group.bytes_per_unit)
-    return (group.name, group.kind, str(group.size), *costs, *times, shared(group))
+    known = (*(() if group.index is None else spread(group)), *costs, *times)
+    return (group.name, group.kind, str(group.size), *known, shared(group))
+
+
+def spread(group: UnitGroup) -> tuple[str, str]:
+    """How unevenly the units' magnitudes are spread, and how many units that says are needed.
+
+    >>> spread(UnitGroup("a", "channel", 8, "a.weight", index=0.25, bound=6))
+    ('0.250', '≥ 6')
+    """
+    if group.index is None or group.bound is None:
+        return "—", "—"
+    return "<0.001" if 1e-9 < group.index < 0.0005 else f"{group.index:.3f}", f"≥ {group.bound}"
 
 
 def measured(time: UnitTime | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .granet import SET, GraNet, RigL
 from .magnitude import GlobalMagnitude, GradualMagnitude
 from .masking import Masks
+from .pdp import PDP
 from .pruner import Pruner
 from .random_sparse import RandomSparse, ranked_densities
 from .regrowth import Grow, Prolonged, Regrowth, Share
@@ -14,6 +15,7 @@ from .sr_ste import SRSTE
 from .update import Drawn, Moment, Ranked, Regrowing, Rule
 
 __all__ = [
+    "PDP",
     "SET",
     "SRSTE",
     "Drawn",

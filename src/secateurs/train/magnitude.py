@@ -72,7 +72,7 @@ def GradualMagnitude(
             with `initial` 0.
         criterion: "magnitude" (the paper); "first-order" or "second-order" (see `Motion`); or a function
             `(model, groups) -> {group name: scores}`, such as `partial(criteria.score, "taylor", data=batches)`.
-        revive: "never", "value" (the original code) or "one-step" (tfmot): see `Masks`.
+        revive: "never", "value" (the original code), "one-step" (tfmot) or "straight-through": see `Masks`.
         block: rows and columns of the blocks that go together, of a weight seen as [shape[0], rest]; -1 for all.
         pool: a block's score from its entries: "mean" (the code) or "max".
         floor: the fewest units kept in each tensor; an int counts them (1, tfmot), a float is a share of the tensor.

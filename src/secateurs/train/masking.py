@@ -104,8 +104,8 @@ class Masks(Mapping[str, Tensor]):
         self._gates: dict[str, tuple[nn.Parameter, RemovableHandle]] = {}
         self._optimizers: list[tuple[Optimizer, tuple[RemovableHandle, ...]]] = []
         self._listener: tuple[Wants, Hears] | None = None
-        # The step of the last gradient that the listener got: what comes after it belongs to no step yet.
-        self._heard = 0
+        # Whether dense gradients wait for the listener, and the step of the last that it got.
+        self._exposed, self._heard = False, 0
         self.steps = 0
         if self._fate.remember:
             self._remember()
@@ -257,7 +257,7 @@ class Masks(Mapping[str, Tensor]):
             PlanError: the state is of other parameters or shapes.
         """
         self._check_state(state)
-        self._heard = 0
+        self._exposed, self._heard = False, 0
         for name, parameter in self._parameters():
             self._keep[name] = unpack(state[f"kept/{name}"], parameter.shape).to(parameter.device)
             if self._fate.remember:
@@ -326,7 +326,9 @@ class Masks(Mapping[str, Tensor]):
                 return
             if parameter.grad.layout is not torch.strided:
                 raise ModelError(f"the gradient of {name} is sparse and cannot be masked; use sparse=False there.")
-            if not self._wanted():
+            if self._wanted():
+                self._exposed = True
+            else:
                 # Not a product: an infinite gradient under a mask would become NaN.
                 parameter.grad.masked_fill_(~self._mask(name), 0)
 
@@ -339,11 +341,12 @@ class Masks(Mapping[str, Tensor]):
 
     def _tell(self) -> None:
         """The listener gets the gradient that it wants, which then is masked like any other."""
-        if self._listener is None or not self._wanted():
+        # Exposed, and not merely wanted: a second optimizer may step when the first has counted the next step already.
+        if self._listener is None or not self._exposed:
             return
         gradients = {name: parameter.grad for name, parameter in self._parameters() if parameter.grad is not None}
         self._listener[1](gradients)
-        self._heard = self.steps + 1
+        self._exposed, self._heard = False, self.steps + 1
         self._each(_mask_gradient)
 
     @torch.no_grad()
@@ -351,7 +354,7 @@ class Masks(Mapping[str, Tensor]):
         closure = _has_closure(args, kwargs)
         if not closure:
             self._tell()
-        if self._debug and not (closure and self._wanted()):
+        if self._debug:
             self.check()
         if self._fate.restore:
             if closure:
@@ -394,7 +397,7 @@ class Masks(Mapping[str, Tensor]):
 
     def _guarded(self, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
         yield "weight", parameter.detach()
-        if self._fate.gate and parameter.grad is not None:
+        if self._fate.gate and not self._exposed and parameter.grad is not None:
             yield "gradient", parameter.grad
         for optimizer, _ in self._optimizers if self._fate.clear else ():
             for key, value in optimizer.state.get(parameter, {}).items():

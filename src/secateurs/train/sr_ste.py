@@ -64,7 +64,7 @@ def SRSTE(
 
     Forward and backward pass see the sparse weights `W̃ = E ⊙ W`; the dense W waits outside the model and is trained by
 
-        W ← W − γ·(∂L/∂W̃ + λ·(1 − E) ⊙ W)                                                                 (eq. 6)
+        W ← W − γ·(∂L/∂W̃ + λ·(1 − E) ⊙ W)
 
     which the optimizer does with whatever momentum and weight decay it has; then E is chosen anew from |W|.
 

@@ -47,7 +47,7 @@ class Gradual:
         initial: sparsity at `begin` (0, the paper).
         exponent: of the curve (3, the paper).
         allocation: "uniform" gives each tensor the same sparsity (the paper).
-        revive: fate of a masked weight: "never", "value" or "one-step".
+        revive: fate of a masked weight: "never", "value", "one-step" or "straight-through" (see `train.Masks`).
         granularity: "weight", or "block:4x1" and the like, ranked by the mean of |w| in a block (the code).
     """
 

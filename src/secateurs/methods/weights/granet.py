@@ -4,7 +4,7 @@ Liu et al., "Sparse Training via Boosting Pruning Plasticity with Neuroregenerat
 Unit: single weights (or blocks of them). When: during training, from a sparse start (s_i = 0.5) or a dense one (0).
 How: at every update the smallest |w| of the whole network go until the sparsity is
 
-    s(t) = s_f + (s_i - s_f)·(1 - q)³,    q = (t - begin) / (end - begin) in [0, 1]                       (eq. 1)
+    s(t) = s_f + (s_i - s_f)·(1 - q)³,    q = (t - begin) / (end - begin) in [0, 1]          (arXiv 1710.01878, eq. 1)
 
 and then, of the n live weights of each layer, the ⌈r·n⌉ smallest go too and as many others come back, at zero and with
 a fresh optimizer state, where the gradient of this very step is largest:
