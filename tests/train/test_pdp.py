@@ -516,6 +516,27 @@ def test_wrong_arguments_are_refused(wrong: dict[str, Any], message: str) -> Non
     assert not model[0].weight._post_accumulate_grad_hooks
 
 
+def test_a_broken_model_is_refused_at_once() -> None:
+    model = net()
+    with torch.no_grad():
+        model[4].weight[1, 2] = torch.nan
+    with pytest.raises(ModelError, match=r"NaN or infinite weights in 4\.weight: .* or began from a broken model"):
+        PDP(model, sgd(model), **TIMES)
+    assert not model[0].weight._post_accumulate_grad_hooks
+
+
+def test_kept_channels_are_multiples_where_a_kernel_needs_it() -> None:
+    """Six of twenty channels would stay at 70%."""
+    model = net()
+    (group,) = channels(model).groups
+    for multiple, kept in ((1, 6), (8, 8)):
+        pruner = PDP(
+            model, sgd(model), begin=0, every=1, rise=1, sparsity=0.7, groups=[replace(group, multiple=multiple)]
+        )
+        pruner.finalize()
+        assert int(pruner.kept[group.name].sum()) == kept
+
+
 def test_floors_beyond_what_may_stay_are_refused_before_training() -> None:
     model = net()
     with pytest.raises(BudgetError, match=r"5 of 240 units are to stay, but the floors of the groups add up to 20"):

@@ -25,7 +25,7 @@ from ..core.units import Group, WeightGroup
 from .magnitude import block_groups
 from .masking import Masks
 from .scope import canonical_names, prunable_weights
-from .soft import Entries, SoftWeights, Temperature, Units
+from .soft import Entries, SoftWeights, Temperature, Units, refuse_broken
 
 __all__ = ["PDP", "Ramp", "keep_at"]
 
@@ -181,7 +181,9 @@ class PDP:
         self._hard: dict[str, Tensor] = {}
         self._closed = False
         # What the rule cannot meet at the end is refused now and not after hours of training.
-        self._counts({name: model.get_parameter(name).detach() for name in self._softener.tensors})
+        start = {name: model.get_parameter(name).detach() for name in self._softener.tensors}
+        refuse_broken(start)
+        self._counts(start)
         everything = {group.name: torch.ones(group.size, dtype=torch.bool) for group in self._groups}
         self._masks = Masks(model, self._softener.spread(everything), debug=debug)
         try:

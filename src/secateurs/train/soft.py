@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +28,17 @@ from ..core.finite import all_finite
 from ..core.select import per_row
 from ..core.units import ChannelGroup, Group
 
-__all__ = ["Entries", "SoftWeights", "Softener", "Temperature", "Units", "border", "soft_mask", "steepness"]
+__all__ = [
+    "Entries",
+    "SoftWeights",
+    "Softener",
+    "Temperature",
+    "Units",
+    "border",
+    "refuse_broken",
+    "soft_mask",
+    "steepness",
+]
 
 Tensors = Mapping[str, Tensor]
 # Far above any factor that matters, and finite times zero is zero.
@@ -200,8 +211,15 @@ class Units:
     def tensors(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for group in self.groups for name, _ in self.parts(group)))
 
+    @cached_property
+    def _parts(self) -> dict[str, list[tuple[str, Group]]]:
+        return {group.name: self._parts_of(group) for group in self.groups}
+
     def parts(self, group: Group) -> list[tuple[str, Group]]:
         """The parameters that make the units of a group, each with the group as it lies along one of its axes."""
+        return self._parts[group.name]
+
+    def _parts_of(self, group: Group) -> list[tuple[str, Group]]:
         if not isinstance(group, ChannelGroup):
             return [(self.first[name], group) for name in group.tensors]
         found: dict[tuple[str, int], Group] = {}
@@ -223,8 +241,9 @@ class Units:
         for group in self.groups:
             if group.name not in borders:
                 continue
-            threshold = borders[group.name].view(1)
-            mask = soft_mask(self._squares(group, raw), threshold, self.temperature(threshold))
+            squares = self._squares(group, raw)
+            threshold = borders[group.name].view(1).to(squares.device)
+            mask = soft_mask(squares, threshold, self.temperature(threshold))
             for name, part in self.parts(group):
                 made[name] = made.get(name, raw[name]) * part.spread(mask)[name]
         return {name: value.to(raw[name].dtype) for name, value in made.items()}
@@ -365,9 +384,7 @@ class SoftWeights:
         soft = {name: keep for name, keep in self._keeps.items() if keep < sizes[name]}
         if not soft:
             return
-        for name, parameter in parameters.items():
-            if not all_finite(parameter):
-                raise ModelError(f"NaN or infinite weights in {name}: training diverged.")
+        refuse_broken(parameters)
         magnitudes = self._softener.magnitudes(parameters)
         self._borders = {name: border(magnitudes[name], keep) for name, keep in soft.items()}
         self._factors = self._softener.factors(parameters, self._borders)
@@ -410,6 +427,17 @@ class SoftWeights:
             found = torch.autograd.grad([soft[name] for name in given], asked, list(given.values()))
         for gradient, value in zip(given.values(), found, strict=True):
             gradient.copy_(value)
+
+
+def refuse_broken(weights: Tensors) -> None:
+    """None, if all numbers are numbers.
+
+    Raises:
+        ModelError: NaN or infinite weights, named.
+    """
+    for name, weight in weights.items():
+        if not all_finite(weight):
+            raise ModelError(f"NaN or infinite weights in {name}: training diverged, or began from a broken model.")
 
 
 def _wide(weight: Tensor) -> Tensor:

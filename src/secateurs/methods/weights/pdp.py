@@ -16,7 +16,7 @@ Defaults. Of 100 epochs 16 are dense and ε = 0.015 reaches the target after 67 
 for ImageNet); here shares of the training. The temperature is own choice: the paper's τ = 1e-4 multiplies the gradient
 at the threshold by 1/2 + t²/(2·τ), which is hundreds for the weights of a small network and ends its training. Here τ
 is a tenth of t² in each tensor, so that the factor is 5.5 whatever the weights' scale; with half of t² the network
-learns to use what the soft masks leave of removed weights, and at 98% loses up to 25 points when they become hard. τ
+learns to use what the soft masks leave of removed weights, and at 98% loses 15 points when they become hard. τ
 itself may be given, and is raised where the factor would be more than `cap`.
 
 What differs from published code: counts are exact, ties by index, where a threshold misses; t is a constant for the
