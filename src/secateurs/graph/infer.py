@@ -205,8 +205,15 @@ def _reify(model: nn.Module, trace: Trace, kind_of: Mapping[str, str]) -> Struct
         frozen=_frozen(trace, tensors),
         unknown=dict(trace.unknown),
         fingerprint=fingerprint(model),
-        doubted=tuple(op for op in (op.mapped(rename) for op in trace.doubted) if op.live),
+        doubted=tuple(
+            op for op in (op.mapped(lambda dim: _only(rename(dim), live)) for op in trace.doubted) if op.live
+        ),
     )
+
+
+def _only(dim: Dim, live: set[str]) -> Dim:
+    """`dim` with every atom fixed that is no group's, as the tokens of an attention."""
+    return substitute(dim, {a.name: Fixed(a.n) for a in atoms(dim) if a.name not in live})
 
 
 def _names(resolved: Mapping[str, tuple[Dim, ...]], trace: Trace, parameters: set[str]) -> dict[str, str]:

@@ -55,6 +55,7 @@ def rehearse(model: nn.Module, example_inputs: Any, traces: Sequence[Trace]) -> 
         edits.update(_head_counts(model, trace))
     for _ in range(_ROUNDS):
         if not (found := run()):
+            _drop_idle(edits, tried, run)
             return frozenset(blamed)
         if equal := _equal_parts(found):
             for one, other, why in equal:
@@ -73,7 +74,17 @@ def rehearse(model: nn.Module, example_inputs: Any, traces: Sequence[Trace]) -> 
             _give_up_all(found, tried)
     while (found := run()) and _give_up_all(found, {}):
         blamed |= _blamed(found)
+    _drop_idle(edits, tried, run)
     return frozenset(blamed)
+
+
+def _drop_idle(edits: dict[str, Dim], tried: Iterable[str], run: Callable[[], _Found]) -> None:
+    """Take back what was proposed and is not needed after all: an attribute that equals a width by chance must stay."""
+    proposed = [key for key in tried if key in edits]
+    for name in dict.fromkeys(key.rpartition(".")[2] for key in proposed):
+        some = {key: edits.pop(key) for key in proposed if key.rpartition(".")[2] == name}
+        if run():
+            edits.update(some)
 
 
 def _needed(proposals: dict[str, Dim], edits: dict[str, Dim], run: Callable[[], _Found]) -> dict[str, Dim]:

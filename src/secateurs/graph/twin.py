@@ -103,7 +103,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 def _shallow(value: Any) -> Any:
-    return copy.copy(value) if isinstance(value, (dict, list, set)) else value
+    return value.copy() if isinstance(value, (dict, list, set)) else value
 
 
 def attention_swaps(model: nn.Module) -> tuple[str, ...]:
