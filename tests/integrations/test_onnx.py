@@ -29,7 +29,7 @@ def run(path: Path, feed: dict[str, torch.Tensor]) -> list[Any]:
 
 
 # The newer exporter takes seconds for each of these.
-SLOW = {"resnet18", "mobilenet_v2", "vit", "bert", "llama"}
+SLOW = {"resnet18", "mobilenet_v2", "shufflenet_v2_x0_5", "vit", "bert", "llama"}
 CASES = [
     pytest.param(name, dynamo, marks=[pytest.mark.slow] if dynamo and name in SLOW else [])
     for name in NETS

@@ -81,6 +81,7 @@ def language(model: str, config: str, **sizes: Any) -> Case:
 NETS: dict[str, Case] = {
     "resnet18": vision("resnet18"),
     "mobilenet_v2": vision("mobilenet_v2"),
+    "shufflenet_v2_x0_5": vision("shufflenet_v2_x0_5"),
     "dense": lambda: (Dense(), torch.randn(2, 3, 8, 8)),
     "vit": vit,
     "bert": language("BertModel", "BertConfig"),

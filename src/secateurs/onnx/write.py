@@ -69,6 +69,7 @@ class _Writer:
         self.values = {v.name: v for node in self.nodes for v in node.outputs}
         self.values.update({v.name: v for v in (*self.graph.inputs, *self.graph.initializers.values())})
         self.changed = False
+        self.cut = False
 
     def model(self) -> Any:
         """The model."""
@@ -94,6 +95,7 @@ class _Writer:
         for name in self.module._tensors:
             value = self.values[name]
             held = self.module.held(name).detach().cpu().contiguous()
+            self.cut |= tuple(held.shape) != tuple(value.shape or held.shape)
             self.graph.inputs.remove(value)
             self._initialize(value, self.ir.tensor(held, name=name))
 
@@ -120,7 +122,7 @@ class _Writer:
         """Bring one input that is known without data up to date, if the node's own constants were changed."""
         known = dict(self.values)
         for name, constant in recipe.constants.items():
-            if getattr(node, constant.attribute) != constant.value:
+            if getattr(node, constant.attribute) != constant.value or (self.cut and self._computed(name)):
                 known[name] = self._new_constant(node.constant(constant), f"{name}.{target.name}")
         if any(known[n] is not self.values.get(n) for n in recipe.constants if n in known):
             for step in recipe.steps:
@@ -128,11 +130,16 @@ class _Writer:
                 self.graph.insert_before(target, copy)
                 known.update(dict(zip(step.outputs, copy.outputs, strict=True)))
         result = known[recipe.result]
-        if recipe.fixed and getattr(node, recipe.fixed.attribute) != recipe.fixed.value:
+        if recipe.fixed and (self.cut or getattr(node, recipe.fixed.attribute) != recipe.fixed.value):
             result = self._partly_fixed(result, getattr(node, recipe.fixed.attribute), target)
         if result is not self.values[recipe.result]:
             target.replace_input_with(at, result)
             self.changed = True
+
+    def _computed(self, name: str) -> bool:
+        """Whether the file works the value out. Once anything was cut, that may give another size than the module's."""
+        producer = self.values[name].producer() if name in self.values else None
+        return producer is not None and producer.op_type != "Constant"
 
     def _partly_fixed(self, sizes: Any, fixed: tuple[int | None, ...], before: Any) -> Any:
         """The sizes with those in the place that are fixed."""
