@@ -31,7 +31,7 @@ from .measure.latency import latency
 from .measure.macs import macs_by_module
 from .measure.params import bytes_in_memory, parameters
 from .recover.context import seeded
-from .train.scope import prunable_weights
+from .train.scope import divided_weights, prunable_weights
 
 __all__ = ["GRANULARITIES", "Granularity", "batches_of", "plan", "plan_of_masks", "recipe_of", "timer"]
 
@@ -322,13 +322,7 @@ def _weight_groups(model: nn.Module, unit: Granularity, recipe: Recipe) -> tuple
     weights = prunable_weights(model, recipe.scope, recipe.ignore)
     pattern = recipe.budget.pattern
     if pattern is not None:
-        fitting = {n: w for n, w in weights.items() if w.shape[1] % pattern.of == 0}
-        if not fitting or (recipe.scope is not None and len(fitting) < len(weights)):
-            wrong = next(n for n in weights if n not in fitting)
-            raise OptionError(
-                f"{pattern} needs a number of inputs that {pattern.of} divides; {wrong} has {weights[wrong].shape[1]}."
-            )
-        weights = fitting
+        weights = divided_weights(weights, pattern.of, str(pattern), all_of_them=recipe.scope is not None)
     return tuple(WeightGroup(name, tuple(w.shape), unit.block) for name, w in weights.items())
 
 

@@ -23,7 +23,7 @@ from .structure import Structure
 from .trace import Doubted, base_name, bound
 from .twin import attention_swaps, swap_attention
 
-__all__ = ["Reference", "as_is", "on_kept"]
+__all__ = ["Reference", "as_is", "on_kept", "taken"]
 
 # Given the model and the function that tells the running module: the state in which the model is run.
 Reference = Callable[[nn.Module, Callable[[], str]], AbstractContextManager[Any]]
@@ -72,7 +72,7 @@ class _OnKept(TorchDispatchMode):
         inputs, outputs = iter(op.inputs), iter(op.outputs)
 
         def smaller(tensor: Tensor) -> Tensor:
-            return _taken(tensor, [kept(dim, self._keep) for dim in next(inputs)])
+            return taken(tensor, [kept(dim, self._keep) for dim in next(inputs)])
 
         def larger(tensor: Tensor) -> Tensor:
             return _put(tensor, [kept(dim, self._keep) for dim in next(outputs)])
@@ -98,7 +98,8 @@ def _sizes(op: Doubted, arguments: Mapping[str, Any], counts: Mapping[str, int])
     return {}
 
 
-def _taken(tensor: Tensor, keeps: Sequence[Tensor]) -> Tensor:
+def taken(tensor: Tensor, keeps: Sequence[Tensor]) -> Tensor:
+    """The entries of `tensor` that bool `keeps`, one for each axis, mark; itself where all are marked."""
     for axis, stays in enumerate(keeps):
         if not bool(stays.all()):
             tensor = tensor.index_select(axis, stays.nonzero().flatten().to(tensor.device))

@@ -15,7 +15,7 @@ from ..core.batch import call, device_of, move
 from ..core.dims import kept
 from ..core.errors import PlanError, ProofError
 from ..core.units import Group
-from .compact import Reference, as_is
+from .compact import Reference, as_is, taken
 from .fallback import install
 from .layers import LayerStructure, without
 from .mend import apply_edits
@@ -79,7 +79,8 @@ def cut(model: nn.Module, structure: Structure | LayerStructure, keep: Mapping[s
     with torch.no_grad():
         for name, tensor in named_tensors(model):
             if name in structure.tensors:
-                sliced[name] = _sliced(tensor.detach(), [kept(d, keep) for d in structure.tensors[name]])
+                less = taken(tensor.detach(), [kept(d, keep) for d in structure.tensors[name]])
+                sliced[name] = less.clone(memory_format=torch.contiguous_format)
     smaller = twin(model, sliced)
     changed = [n for n, t in named_tensors(model) if n in sliced and sliced[n].shape != t.shape]
     inside = [p for p in attention_swaps(model) if any(n.startswith(f"{p}." if p else "") for n in changed)]
@@ -108,13 +109,6 @@ def check_fits(model: nn.Module, structure: Structure | LayerStructure) -> None:
                 f"the plan expects {list(whole)}."
             )
     raise PlanError("this plan is for another model: names or shapes of its tensors differ.")
-
-
-def _sliced(tensor: Tensor, keeps: Sequence[Tensor]) -> Tensor:
-    for axis, keep in enumerate(keeps):
-        if not bool(keep.all()):
-            tensor = tensor.index_select(axis, keep.nonzero().flatten().to(tensor.device))
-    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def prove(

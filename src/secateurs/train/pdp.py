@@ -24,7 +24,7 @@ from ..core.select import top_across
 from ..core.units import Group, WeightGroup
 from .magnitude import block_groups
 from .masking import Masks
-from .scope import canonical_names, prunable_weights
+from .scope import canonical_names, divided_weights, prunable_weights
 from .soft import Entries, SoftWeights, Temperature, Units, refuse_broken
 
 __all__ = ["PDP", "Ramp", "keep_at"]
@@ -170,7 +170,8 @@ class PDP:
             raise OptionError(f"until must be {self.schedule.end} or more, the end of the ramp, got {until}.")
         weights = {} if groups is not None else prunable_weights(model, scope, ignore)
         if self._pattern is not None:
-            weights = _fitting(weights, self._pattern.of, scope)
+            of = self._pattern.of
+            weights = divided_weights(weights, of, f"a pattern of {of}", all_of_them=scope is not None)
         self._groups = tuple(groups) if groups is not None else block_groups(weights, block)
         self._softener = _softener(model, self._groups, heat, self._pattern.of if self._pattern else None)
         self._floors = floor_counts({group.name: group.size for group in self._groups}, floor)
@@ -360,17 +361,6 @@ def _pattern(text: str, groups: Sequence[Group] | None, block: tuple[int, int]) 
     if groups is not None or block != (1, 1):
         raise OptionError(f"{text} is a pattern of single weights; leave out groups= and block=.")
     return found
-
-
-def _fitting(weights: Mapping[str, nn.Parameter], of: int, scope: Patterns | None) -> dict[str, nn.Parameter]:
-    """Those weights whose inputs are runs of `of`; with a scope all must be."""
-    fitting = {name: w for name, w in weights.items() if w.shape[1] % of == 0}
-    if not fitting or (scope is not None and len(fitting) < len(weights)):
-        wrong = next(name for name in weights if name not in fitting)
-        raise OptionError(
-            f"a pattern of {of} needs a number of inputs that {of} divides; {wrong} has {weights[wrong].shape[1]}."
-        )
-    return fitting
 
 
 def _softener(model: nn.Module, groups: Sequence[Group], temperature: Temperature, of: int | None) -> Entries | Units:

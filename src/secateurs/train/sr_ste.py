@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..core.budget import Budget, Pattern
-from ..core.errors import BudgetError, OptionError
+from ..core.errors import BudgetError
 from ..core.select import n_of_m_inputs
 from .pruner import Pruner
-from .scope import prunable_weights
+from .scope import divided_weights, prunable_weights
 from .scoring import State
 from .update import Moment
 
@@ -91,11 +91,6 @@ def SRSTE(
     if chosen is None:
         raise BudgetError(f"SR-STE needs a pattern such as '2:4', got {pattern!r}.")
     weights = prunable_weights(model, scope, ignore)
-    fitting = {name: w for name, w in weights.items() if w.shape[1] % chosen.of == 0}
-    if not fitting or (scope is not None and len(fitting) < len(weights)):
-        wrong = next(name for name in weights if name not in fitting)
-        raise OptionError(
-            f"{chosen} needs a number of inputs that {chosen.of} divides; {wrong} has {weights[wrong].shape[1]}."
-        )
+    fitting = divided_weights(weights, chosen.of, str(chosen), all_of_them=scope is not None)
     schedule, rule = Always(chosen.sparsity), Patterned(chosen)
     return Pruner(model, optimizer, schedule, rule, fitting, revive="straight-through", pull=pull, debug=debug)
