@@ -1,0 +1,22 @@
+"""What a layer-wise solver gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["Solved"]
+
+
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """A pruned matrix.
+
+    Args:
+        weight: [rows, columns], in the dtype of what was given; exactly zero where the mask is False.
+        mask: bool [rows, columns], what stays; a weight that stays may happen to be zero.
+    """
+
+    weight: Tensor
+    mask: Tensor
