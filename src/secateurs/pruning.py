@@ -29,7 +29,7 @@ from .running import Clock, Stage, other_run, take_place
 from .summary import Findings, quality_of, summarize
 from .sweep import front, sensitivity
 
-__all__ = ["FineTune", "Pruned", "load", "prune"]
+__all__ = ["FineTune", "Pruned", "completed", "load", "prune"]
 
 Repair = Callable[[nn.Module, ModelPlan], nn.Module]
 _PLAN = "plan.safetensors"
@@ -198,7 +198,8 @@ def prune(
         }  # fmt: skip
         return _by_method(method, options)(model, example_inputs, budget, **common, **options)
     batches = batches_of(data)
-    training = None if recover is None else recover.training_data(batches)
+    if recover is not None:
+        recover.training_data(batches)
     tests = None if test is None else take(test, what="test data")
     if tests is None and (sensitivities or budgets):
         raise OptionError("sensitivities= and budgets= are measured on test data: pass test=.")
@@ -220,24 +221,61 @@ def prune(
     if tests is not None and (sensitivities or budgets):
         with clock("sweeping"), seeded(seed, "sweeping"):
             _sweep(model, decided, notes, tests, batches if recalibrate else None, sensitivities, budgets, measure)
-    if batches is not None and recalibrate:
+    return completed(
+        model, made, decided, masks, example_inputs, notes, clock, data=batches, tests=tests, loss=loss,
+        recover=recover, recalibrate=recalibrate, measure=measure, inplace=inplace, folder=folder, on_step=on_step,
+    )  # fmt: skip
+
+
+def completed(
+    model: nn.Module,
+    made: nn.Module,
+    plan: ModelPlan,
+    masks: dict[str, Tensor],
+    example_inputs: Any,
+    notes: Findings,
+    clock: Clock,
+    *,
+    data: Iterable[Any] | None,
+    tests: list[Any] | None,
+    loss: Loss | None,
+    recover: FineTune | None,
+    recalibrate: bool,
+    measure: bool,
+    inplace: bool,
+    folder: Path | None,
+    on_step: Callable[[Any], None] | None,
+) -> Pruned:
+    """What was decided for `model`, recalibrated, recovered, measured and reported: the second half of `prune`.
+
+    Args:
+        model: the original.
+        made: a copy to which the plan was applied; it is changed.
+        masks: for zeros; see `Pruned`.
+        notes, clock: of the first half; they are added to.
+        folder: of the checkpoint.
+        others: as for `prune`.
+    """
+    seed = plan.recipe.seed
+    if data is not None and recalibrate:
         with clock("recalibrating"), seeded(seed, "recalibrating"):
-            layers = recalibrate_batch_norm(made, batches)
+            layers = recalibrate_batch_norm(made, data)
         if layers and tests is not None:
             notes.quality["batch-norm recalibrated"] = quality_of(made, tests)
-    if recover is not None and training is not None:
+    if recover is not None:
         with clock("recovering"):
             where = None if folder is None else folder / "recovery"
             notes.history = recover.run(
-                made, model, training, masks=masks or None, loss=loss, seed=seed, checkpoint=where, on_step=on_step
-            )
+                made, model, recover.training_data(data), masks=masks or None, loss=loss, seed=seed, checkpoint=where,
+                on_step=on_step,
+            )  # fmt: skip
         if tests is not None:
             notes.quality["recovered"] = quality_of(made, tests)
     with clock("measuring"):
-        report = summarize(model, made, decided, example_inputs, notes, timed=measure)
+        report = summarize(model, made, plan, example_inputs, notes, timed=measure)
     if inplace:
         made = take_place(model, made)
-    return Pruned(made, decided, report, masks)
+    return Pruned(made, plan, report, masks)
 
 
 def _sweep(

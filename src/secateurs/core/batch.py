@@ -2,11 +2,13 @@
 
 A batch is a tensor (inputs), a tuple or list `(inputs, target)`, or a dict of keyword arguments as Hugging Face
 collators make them. Example inputs are a tensor, a tuple of positional arguments or a dict of keyword arguments.
+A `Call` is both: all that one call of a module was given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -16,13 +18,35 @@ from torch.nn import functional as F
 
 from .errors import DataError
 
-__all__ = ["Loss", "call", "default_loss", "device_of", "double", "leaves", "main_output", "move", "split", "take"]
+__all__ = [
+    "Call",
+    "Loss",
+    "call",
+    "default_loss",
+    "device_of",
+    "double",
+    "leaves",
+    "main_output",
+    "move",
+    "split",
+    "take",
+]
 
 Loss = Callable[[Any, Any], Tensor]
 
 
+@dataclass(frozen=True, eq=False)
+class Call:
+    """The arguments of one call of a module, as recorded: positional ones and keywords."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
 def call(model: nn.Module, inputs: Any) -> Any:
-    """`model` called on example inputs: a tensor, a tuple of positional arguments or a mapping of keywords."""
+    """`model` called on example inputs: a tensor, a tuple of positional arguments, keywords or a `Call`."""
+    if isinstance(inputs, Call):
+        return model(*inputs.args, **inputs.kwargs)
     if isinstance(inputs, dict) or (hasattr(inputs, "keys") and hasattr(inputs, "__getitem__")):
         return model(**dict(inputs))
     if isinstance(inputs, tuple):
@@ -94,9 +118,11 @@ def leaves(tree: Any) -> Iterator[Tensor]:
 
 
 def move(tree: Any, device: torch.device | str) -> Any:
-    """`tree` with every tensor inside tuples, lists and mappings moved to `device`."""
+    """`tree` with every tensor inside tuples, lists, mappings and calls moved to `device`."""
     if isinstance(tree, Tensor):
         return tree.to(device)
+    if isinstance(tree, Call):
+        return Call(move(tree.args, device), move(tree.kwargs, device))
     if isinstance(tree, tuple):
         return tuple(move(v, device) for v in tree)
     if isinstance(tree, list):

@@ -16,6 +16,10 @@ from .errors import OptionError
 
 __all__ = ["knapsack", "n_of_m", "n_of_m_inputs", "per_row", "top", "top_across"]
 
+# From this length on the k-th highest of a row is looked for near where a sample of every 257th entry has it.
+_LONG, _STRIDE = 2**16, 257
+# Runs up to this length are ranked entry against entry.
+_SHORT = 8
 # Entries of the decision table of `knapsack`, one byte each.
 _KNAPSACK_TABLE = 2**31
 
@@ -143,7 +147,12 @@ def _keep(rows: Tensor, k: int) -> Tensor:
         raise OptionError(f"cannot keep {count} of {rows.shape[1]} units; allowed are 0 to {rows.shape[1]}.")
     if count in (0, rows.shape[1]):
         return torch.full(rows.shape, count > 0, dtype=torch.bool, device=rows.device)
+    if rows.shape[1] <= _SHORT:
+        return _rank(rows) < count
     bound = _kth_highest(rows, count)
+    reached = rows >= bound
+    if int(torch.count_nonzero(reached)) == count * len(rows):
+        return reached
     above, equal = rows > bound, rows == bound
     missing = count - above.sum(1, keepdim=True)
     # The running count is the largest temporary here; 32 bits halve it wherever they suffice.
@@ -151,7 +160,32 @@ def _keep(rows: Tensor, k: int) -> Tensor:
     return above | (equal & (equal.cumsum(1, dtype=narrow) <= missing))
 
 
+def _rank(rows: Tensor) -> Tensor:
+    """How many entries of its row stand before each, the earlier of equals first: uint8, for short rows."""
+    entries = [column.contiguous() for column in rows.unbind(1)]
+    before = torch.zeros(rows.shape[1], rows.shape[0], dtype=torch.uint8, device=rows.device)
+    for later in range(1, len(entries)):
+        for earlier in range(later):
+            passes = entries[later] > entries[earlier]
+            before[earlier] += passes
+            before[later] += ~passes
+    return before.T.contiguous()
+
+
+def _near(row: Tensor, k: int) -> tuple[Tensor, int]:
+    """The entries of one long row near its k-th highest, and its place among them; all, where the sample misled."""
+    sample = row[0, ::_STRIDE].sort(descending=True).values
+    # Four standard deviations of the place in the sample, at most.
+    place, slack = k / row.shape[1] * len(sample), 2 * math.sqrt(len(sample))
+    high, low = sample[max(int(place - slack), 0)], sample[min(int(place + slack), len(sample) - 1)]
+    left = k - int(torch.count_nonzero(row > high))
+    near = row[(row <= high) & (row >= low)][None]
+    return (near, left) if 1 <= left <= near.shape[1] else (row, k)
+
+
 def _kth_highest(rows: Tensor, k: int) -> Tensor:
+    if len(rows) == 1 and rows.shape[1] >= _LONG:
+        rows, k = _near(rows, k)
     # Not `kthvalue`: on the CPU it takes quadratic time on sorted and on constant rows, which magnitudes of pruned
     # weights come close to. `topk` does not, and from the nearer end it is fastest.
     rest = rows.shape[1] - k + 1
@@ -161,8 +195,9 @@ def _kth_highest(rows: Tensor, k: int) -> Tensor:
 
 
 def _without_nan(scores: Tensor, where: str | None = None) -> Tensor:
-    bad = int(scores.isnan().sum())
-    if bad:
+    # The highest of values is NaN where one of them is, and is found faster than their count.
+    if scores.numel() and bool(scores.detach().amax().isnan()):
+        bad = int(scores.isnan().sum())
         place = "the scores" if where is None else f"the scores of {where}"
         raise OptionError(f"{bad} of {scores.numel()} values in {place} are NaN; mend the model or the criterion.")
     return scores.to(torch.uint8) if scores.dtype == torch.bool else scores.detach()

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..core.batch import Loss, call, default_loss, device_of, double, leaves, move, split
-from ..core.errors import DataError, ModelError, OptionError
+from ..core.batch import Loss, call, device_of, leaves, move, split
+from ..core.derivatives import gradients_of, hessian_product, loss_of, samples_in
+from ..core.errors import ModelError, OptionError
+from ..core.moments import Moments
 from .lifting import resolve
 from .preserve import preserved
 
@@ -43,26 +44,6 @@ Visitor = Callable[[nn.Module, Tensor, Tensor], None]
 def values(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """The parameters called `names`, detached, in float32 or wider."""
     return {name: _wide(tensor.detach()) for name, tensor in resolve(model, names).items()}
-
-
-def loss_of(model: nn.Module, batch: Any, loss: Loss | None = None) -> Tensor:
-    """The loss of `model` on `batch`: a scalar with its graph; for batches and the default loss see `core.batch`.
-
-    Raises:
-        DataError: there are no labels, or the loss is not one number.
-        ModelError: the loss is NaN or infinite.
-    """
-    inputs, target = split(batch)
-    output = call(model, move(inputs, device_of(model)))
-    if target is not None:
-        target = move(target, next((leaf.device for leaf in leaves(output)), device_of(model)))
-    value = (loss or default_loss)(output, target)
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise DataError(f"the loss must be a tensor of one number per batch, got {found}: reduce it, with a mean.")
-    if not bool(torch.isfinite(value)):
-        raise ModelError(f"the loss is {value.item()} on a batch: look at the data, or run the model in float32.")
-    return value.squeeze()
 
 
 def each_gradient(
@@ -100,9 +81,9 @@ def each_gradient(
     reached = False
     with _differentiating(model, parameters, train, seed):
         for piece in _pieces(data, per):
-            found = _backward(loss_of(model, piece, loss), parameters)
+            found = gradients_of(loss_of(model, piece, loss), parameters)
             reached = reached or any(g is not None for g in found.values())
-            visit(_count(piece), {n: _known(g, parameters[n]) for n, g in found.items()})
+            visit(samples_in(piece), {n: _known(g, parameters[n]) for n, g in found.items()})
     if not reached:
         raise ModelError(_unreached(names))
 
@@ -154,10 +135,8 @@ def hessian_gradient(
     # The fused attention kernels have no second derivative.
     with _differentiating(model, parameters, train, seed), sdpa_kernel(SDPBackend.MATH):
         for batch in data:
-            first = _backward(loss_of(model, batch, loss), parameters, create_graph=True)
-            terms = [(whole[n] * g).sum().flatten() for n, g in first.items() if g is not None]
-            second = _backward(torch.cat(terms).sum(), parameters) if terms else dict.fromkeys(parameters)
-            mean.add({n: _known(g, parameters[n]) for n, g in second.items()}, _count(batch))
+            second = hessian_product(loss_of(model, batch, loss), parameters, whole)
+            mean.add({n: _known(g, parameters[n]) for n, g in second.items()}, samples_in(batch))
     return mean.value
 
 
@@ -206,46 +185,6 @@ def observe(
         )
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Count, mean and squared deviations of observations, per position; those of two samples can be merged.
-
-    Args:
-        count: number of observations.
-        mean: float64 [positions].
-        deviation: float64 [positions], the sum over observations of (x - mean)^2.
-    """
-
-    count: int
-    mean: Tensor
-    deviation: Tensor
-
-    @classmethod
-    def of(cls, rows: Tensor) -> Moments:
-        """The moments of `rows` [observations, positions]."""
-        rows = double(rows)
-        mean = rows.mean(0) if len(rows) else rows.new_zeros(rows.shape[1])
-        return cls(len(rows), mean, (rows - mean).square().sum(0))
-
-    def merge(self, other: Moments) -> Moments:
-        """The moments of both samples together, without cancellation (Chan, Golub and LeVeque 1979)."""
-        count = self.count + other.count
-        share = other.count / max(count, 1)
-        gap = other.mean - self.mean
-        deviation = self.deviation + other.deviation + gap.square() * (self.count * share)
-        return Moments(count, self.mean + gap * share, deviation)
-
-    @property
-    def variance(self) -> Tensor:
-        """The variance over the observations, divided by their number: float64 [positions]."""
-        return self.deviation / max(self.count, 1)
-
-    @property
-    def mean_square(self) -> Tensor:
-        """The mean of x^2: float64 [positions]."""
-        return self.variance + self.mean.square()
-
-
 class RunningMean:
     """A weighted mean of dicts of tensors; `value` is the mean so far."""
 
@@ -268,7 +207,7 @@ class RunningMean:
 
 def samples(batch: Any) -> Iterator[Any]:
     """The samples of `batch`, each as a batch of one; tensors with another first axis than the inputs' stay whole."""
-    count = _count(batch)
+    count = samples_in(batch)
 
     def cut(i: int) -> Callable[[Tensor], Tensor]:
         return lambda tensor: tensor[i : i + 1] if tensor.dim() and len(tensor) == count else tensor
@@ -298,16 +237,6 @@ def _differentiating(
         yield
 
 
-def _backward(
-    value: Tensor, parameters: Mapping[str, Tensor], *, create_graph: bool = False
-) -> dict[str, Tensor | None]:
-    """Gradients of `value`, None for a parameter that it does not depend on."""
-    if not value.requires_grad:
-        return dict.fromkeys(parameters)
-    found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True, create_graph=create_graph)
-    return dict(zip(parameters, found, strict=True))
-
-
 def _known(gradient: Tensor | None, parameter: Tensor) -> Tensor:
     return _wide(torch.zeros_like(parameter) if gradient is None else gradient).detach()
 
@@ -319,11 +248,6 @@ def _wide(tensor: Tensor) -> Tensor:
 def _pieces(data: Iterable[Any], per: Per) -> Iterator[Any]:
     for batch in data:
         yield from samples(batch) if per == "sample" else (batch,)
-
-
-def _count(batch: Any) -> int:
-    """Number of samples of `batch`: the first axis of its first tensor that has one."""
-    return next((len(leaf) for leaf in leaves(split(batch)[0]) if leaf.dim()), 1)
 
 
 def _unreached(names: Sequence[str]) -> str:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ..core.batch import double
 from ..core.errors import DataError, ModelError
+from ..core.moments import Moments
 
 __all__ = ["CONVOLUTIONS", "TRANSPOSED", "Gram", "from_matrix", "is_hf_conv1d", "padded", "solvable", "to_matrix"]
 
@@ -27,7 +28,11 @@ _CHUNK = 2**23
 
 
 class Gram:
-    """The second moments of the inputs of one layer, gathered call by call.
+    """The second moments of the inputs of one layer, with their means and variances, gathered call by call.
+
+    Args:
+        full: whether products of different inputs are gathered, for `hessian`; without them memory is a row a layer.
+        dtype: of the products, float64 or float32; they are summed in float64, and means and variances are float64.
 
     >>> gram = Gram()
     >>> gram.add(nn.Linear(2, 1), torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
@@ -35,16 +40,28 @@ class Gram:
     [[[10.0, 2.0], [2.0, 4.0]]]
     """
 
-    def __init__(self) -> None:
-        self.count = 0
+    def __init__(self, *, full: bool = True, dtype: torch.dtype = torch.float64) -> None:
+        self.full = full
+        self._dtype = dtype
+        self._moments: Moments | None = None
+        self._shape: tuple[int, int] = (0, 0)
         self._total: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """Observations so far."""
+        return 0 if self._moments is None else self._moments.count
 
     def add(self, module: nn.Module, given: Tensor) -> None:
         """Adds one call of `module` with the input `given`; every token and every pixel is an observation."""
         for columns in _columns(module, given):
-            self.count += columns.shape[1]
-            part = columns.mT @ columns
-            self._total = part if self._total is None else self._total.add_(part)
+            self._shape = (columns.shape[0], columns.shape[2])
+            found = Moments.of(columns.transpose(0, 1).flatten(1))
+            self._moments = found if self._moments is None else self._moments.merge(found)
+            if self.full:
+                narrow = columns.to(self._dtype)
+                part = double(narrow.mT @ narrow)
+                self._total = part if self._total is None else self._total.add_(part)
 
     @property
     def hessian(self) -> Tensor:
@@ -56,6 +73,27 @@ class Gram:
         if self._total is None or not self.count:
             raise DataError("a layer saw no observation on the calibration data: give more batches.")
         return self._total * (2 / self.count)
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean of each input: float64 [groups, columns]."""
+        return self._known.mean.view(self._shape)
+
+    @property
+    def variance(self) -> Tensor:
+        """The variance of each input: float64 [groups, columns]."""
+        return self._known.variance.view(self._shape)
+
+    @property
+    def norm(self) -> Tensor:
+        """The root of the mean square of each input: float64 [groups, columns]; a factor never changes a ranking."""
+        return self._known.mean_square.sqrt().view(self._shape)
+
+    @property
+    def _known(self) -> Moments:
+        if self._moments is None or not self.count:
+            raise DataError("a layer saw no observation on the calibration data: give more batches.")
+        return self._moments
 
 
 def solvable(module: nn.Module) -> bool:

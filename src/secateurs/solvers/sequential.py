@@ -16,7 +16,7 @@ from ..core.batch import call, device_of, leaves, move, split
 from ..core.errors import DataError, ModelError
 from .gram import Gram
 
-__all__ = ["call_levels", "solve_in_order"]
+__all__ = ["call_levels", "grams_of", "solve_in_order"]
 
 Visitor = Callable[[str, nn.Module, Tensor], None]
 Solve = Callable[[str, nn.Module, Gram], None]
@@ -38,18 +38,45 @@ def solve_in_order(model: nn.Module, data: Iterable[Any], names: Sequence[str], 
         ModelError: a layer is never called on this data.
     """
     for level in call_levels(model, data, names):
-        for name, gram in _grams(model, data, level).items():
+        for name, gram in grams_of(model, data, level)[0].items():
             solve(name, model.get_submodule(name), gram)
 
 
-def _grams(model: nn.Module, data: Iterable[Any], names: Sequence[str]) -> dict[str, Gram]:
-    grams = {name: Gram() for name in names}
+def grams_of(
+    model: nn.Module,
+    data: Iterable[Any],
+    names: Sequence[str],
+    *,
+    full: bool = True,
+    dtype: torch.dtype = torch.float64,
+    seen: Sequence[Tensor | None] | None = None,
+    outputs: bool = False,
+) -> tuple[dict[str, Gram], list[Any]]:
+    """The `Gram` of each layer named over one run of the data, and the outputs of the model if they are wanted.
+
+    Args:
+        model, data, names: see `solve_in_order`.
+        full, dtype: see `Gram`.
+        seen: per batch the bool mask [samples, tokens] of what counts, None for all; where the input of a layer has
+            these axes first, what is padding is left out.
+        outputs: whether the second result is made; it holds as much as the model returns on all batches.
+    """
+    grams = {name: Gram(full=full, dtype=dtype) for name in names}
+    counts: Tensor | None = None
 
     def gather(name: str, module: nn.Module, given: Tensor) -> None:
+        if counts is not None and given.shape[: counts.dim()] == counts.shape and given.dim() > counts.dim():
+            given = given[counts.to(given.device)]
         grams[name].add(module, given)
 
-    _run(model, data, dict.fromkeys(names, gather))
-    return grams
+    made: list[Any] = []
+    with torch.no_grad(), _looking(model, dict.fromkeys(names, gather)):
+        for number, batch in enumerate(data):
+            counts = None if seen is None else seen[number]
+            output = call(model, move(split(batch)[0], device_of(model)))
+            if outputs:
+                made.append(output)
+    return grams, made
 
 
 def call_levels(model: nn.Module, data: Iterable[Any], names: Sequence[str]) -> list[tuple[str, ...]]:

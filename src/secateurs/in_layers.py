@@ -1,0 +1,334 @@
+"""From a model and a budget to zeros, layer by layer: each layer of each block is solved on what it sees."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .core.allocate import densities
+from .core.batch import Loss, take
+from .core.budget import Budget
+from .core.comparison import Comparison, Within
+from .core.errors import BudgetError, ModelError, OptionError
+from .core.plan import pack, unpack
+from .core.state import read_state, write_state
+from .criteria.face import check_finite
+from .graph.plan import digest
+from .planning import batches_of, plan_of_masks, recipe_of
+from .pruning import FineTune, Pruned, completed
+from .recover.context import seeded
+from .running import Clock, Stage, claim
+from .solvers import Gram, Solved, blocks_of, from_matrix, quadratic_error, solvable, to_matrix
+from .solvers.layerwise import Gathering, Propagate, layers_by_block, solve_blocks
+from .summary import Findings, quality_of
+from .train.scope import divided_weights, prunable_weights
+
+__all__ = ["Inputs", "LayerSolver", "Outcome", "Subject", "layers_to_solve", "prune_in_layers", "solve_layers"]
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What is known of the inputs that a matrix multiplies; each float64.
+
+    Args:
+        mean, variance: [columns].
+        norm: [columns], the root of the mean square.
+        hessian: (2/S)·Σ x·xᵀ [columns, columns]; None unless the solver asks for it.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    norm: Tensor
+    hessian: Tensor | None
+
+    @property
+    def known_hessian(self) -> Tensor:
+        """The Hessian, of a solver that asked for it."""
+        assert self.hessian is not None
+        return self.hessian
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """One matrix to be pruned.
+
+    Args:
+        weight: [rows, columns].
+        inputs: that its columns multiply.
+        comparison: how much goes, and what is compared.
+        where: name of the layer.
+    """
+
+    weight: Tensor
+    inputs: Inputs
+    comparison: Comparison
+    where: str
+
+
+@dataclass(frozen=True)
+class LayerSolver:
+    """A layer-wise method.
+
+    Args:
+        name: for the plan and the report.
+        solve: from a matrix to its pruned form.
+        full: whether it needs the Hessian of the inputs.
+        within: what an unstructured budget compares: all entries of a matrix, or those of a row.
+    """
+
+    name: str
+    solve: Callable[[Subject], Solved]
+    full: bool = False
+    within: Within = "matrix"
+
+
+@dataclass
+class Outcome:
+    """What solving found.
+
+    Args:
+        masks: bool, per parameter, in its shape.
+        errors: per layer ‖WX − W'X‖²/‖WX‖² on the calibration data.
+    """
+
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+
+
+def prune_in_layers(
+    model: nn.Module,
+    example_inputs: Any,
+    budget: str | Budget,
+    solver: LayerSolver,
+    *,
+    data: Iterable[Any] | None = None,
+    test: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    recover: FineTune | None = None,
+    recalibrate: bool = True,
+    measure: bool = True,
+    sensitivities: Sequence[float] = (),
+    budgets: Sequence[str] = (),
+    inplace: bool = False,
+    checkpoint: str | Path | None = None,
+    on_stage: Stage | None = None,
+    on_step: Callable[[Any], None] | None = None,
+    on_block: Callable[[str], None] | None = None,
+    name: str | None = None,
+    scope: str | Sequence[str] | None = None,
+    ignore: str | Sequence[str] = (),
+    seed: int = 0,
+    allocation: str = "uniform",
+    allocation_options: Mapping[str, Any] | None = None,
+    propagate: Propagate = "pruned",
+    levels: bool = False,
+    settings: Mapping[str, Any] | None = None,
+) -> Pruned:
+    """A copy of `model` in which every layer of every block has been solved, reported as `prune` does.
+
+    Args:
+        model: any; its blocks are those of `solvers.blocks_of`, and what lies outside them stays as it is.
+        budget: a sparsity of the layers' weights, or an N:M pattern.
+        solver: what is done to a matrix.
+        data: calibration batches, all held at once together with one block's activations.
+        sensitivities, budgets: refused, since nothing is scored once from which other decisions could be made.
+        checkpoint: a folder that keeps every block that is done.
+        on_block: told the name of each.
+        allocation, allocation_options: a density rule of `core.allocate`; uniform is what papers do.
+        propagate, levels: see `solvers.layerwise.Gathering`.
+        settings: the method's own, by which a checkpoint knows its run.
+        others: as for `prune`.
+
+    Raises:
+        BudgetError: a budget that is neither a sparsity nor a pattern.
+        DataError: there is no data.
+        ModelError: NaN or infinite weights or activations, or a layer that cannot be solved.
+        OptionError: an argument outside what is allowed, or a checkpoint of another run.
+    """
+    if sensitivities or budgets:
+        raise OptionError(f"{solver.name} makes one decision: leave out sensitivities= and budgets=.")
+    batches = take(data)
+    tests = None if test is None else take(test, what="test data")
+    check_finite(model)
+    recipe = recipe_of(
+        budget, criterion=solver.name, allocation=allocation, allocation_options=allocation_options,
+        granularity="weight", scope=scope, ignore=ignore, seed=seed,
+    )  # fmt: skip
+    folder = None if checkpoint is None else Path(checkpoint)
+    if folder is not None:
+        run = {"recipe": recipe.to_dict(), "model": digest(model), "settings": dict(settings or {})}
+        claim(folder, run | {"propagate": propagate, "levels": levels})
+    notes = Findings(model=name or type(model).__name__)
+    clock = Clock(notes.seconds, on_stage)
+    with clock("planning"):
+        comparisons = layers_to_solve(
+            model, recipe.budget, solver.within, scope, ignore, allocation, allocation_options
+        )
+        made = copy.deepcopy(model)
+    gathering = Gathering(full=True, propagate=propagate, levels=levels)
+    with clock("solving"), seeded(seed, "solving"):
+        outcome = solve_layers(made, batches, comparisons, solver, gathering, folder=folder, on_block=on_block)
+    made.train(model.training)
+    if tests is not None:
+        with clock("testing"):
+            notes.quality["before"] = quality_of(model, tests)
+            notes.quality["one-shot"] = quality_of(made, tests)
+    plan = plan_of_masks(made, example_inputs, outcome.masks, recipe)
+    return completed(
+        model, made, plan, outcome.masks, example_inputs, notes, clock, data=batches_of(batches), tests=tests,
+        loss=loss, recover=recover, recalibrate=recalibrate, measure=measure, inplace=inplace, folder=folder,
+        on_step=on_step,
+    )  # fmt: skip
+
+
+def layers_to_solve(
+    model: nn.Module,
+    budget: Budget,
+    within: Within,
+    scope: str | Sequence[str] | None = None,
+    ignore: str | Sequence[str] = (),
+    allocation: str = "uniform",
+    allocation_options: Mapping[str, Any] | None = None,
+) -> dict[str, Comparison]:
+    """Per layer in a block, by module name, what goes of it.
+
+    Raises:
+        BudgetError: the budget is neither one sparsity nor a pattern.
+        ModelError: no block has a layer that can be solved.
+        OptionError: a pattern matches nothing, or does not divide a layer that `scope` names.
+    """
+    pattern = budget.pattern
+    limit = budget.limit("sparsity")
+    if pattern is None and (limit is None or len(budget.limits) > 1):
+        raise BudgetError(f"what is solved layer by layer needs a budget such as sparsity=50% or 2:4, got {budget}.")
+    weights = prunable_weights(model, scope, ignore)
+    if pattern is not None:
+        weights = divided_weights(weights, pattern.of, str(pattern), all_of_them=scope is not None)
+    inside = _within_blocks(model, [name for name in weights if name.endswith("weight")])
+    if not inside:
+        raise ModelError(f"no block of {type(model).__name__} has a layer to solve: look at scope= and ignore=.")
+    if pattern is not None:
+        return dict.fromkeys(inside, Comparison.of(pattern))
+    assert limit is not None
+    shapes = {name: tuple(model.get_submodule(name).get_parameter("weight").shape) for name in inside}
+    kept = densities(allocation, shapes, 1 - limit.value, **(allocation_options or {}))
+    # Through the text, since 1 − 0.6 is not 0.4.
+    return {name: Comparison(round(1 - density, 12), within) for name, density in kept.items()}
+
+
+def solve_layers(
+    model: nn.Module,
+    data: Sequence[Any],
+    comparisons: Mapping[str, Comparison],
+    solver: LayerSolver,
+    gathering: Gathering,
+    *,
+    folder: Path | None = None,
+    on_block: Callable[[str], None] | None = None,
+) -> Outcome:
+    """What was found in solving the layers of `model`, whose weights are changed in place.
+
+    Args:
+        comparisons: per layer what goes.
+        folder: where each block that is done is kept, and found again by a run that goes on.
+        others: see `solvers.layerwise.solve_blocks`.
+    """
+    outcome = Outcome()
+
+    def solve(name: str, module: nn.Module, gram: Gram) -> None:
+        mask, error = solved(module, gram, comparisons[name], solver, name)
+        outcome.masks[f"{name}.weight".lstrip(".")] = mask
+        outcome.errors[name] = error
+
+    layers = layers_by_block(model, comparisons)
+    hold = None if folder is None else _Kept(folder, layers, outcome, gathering.propagate).hold
+    solve_blocks(model, data, layers, solve, gathering, hold=hold, on_block=on_block)
+    return outcome
+
+
+@torch.no_grad()
+def solved(
+    module: nn.Module, gram: Gram, comparison: Comparison, solver: LayerSolver, where: str
+) -> tuple[Tensor, float]:
+    """The mask of the weight of `module`, which has been solved in place, and the relative error of its outputs."""
+    weight = module.get_parameter("weight").detach()
+    parts, masks, wrong, whole = [], [], 0.0, 0.0
+    hessians = gram.hessian if gram.full else [None] * len(gram.norm)
+    for matrix, mean, variance, norm, hessian in zip(
+        to_matrix(module, weight), gram.mean, gram.variance, gram.norm, hessians, strict=True
+    ):
+        comparison.check(matrix, where)
+        found = solver.solve(Subject(matrix, Inputs(mean, variance, norm, hessian), comparison, where))
+        parts.append(found.weight)
+        masks.append(found.mask)
+        if hessian is not None:
+            wrong += quadratic_error(matrix, found.weight, hessian)
+            whole += quadratic_error(matrix, torch.zeros_like(matrix), hessian)
+    weight.copy_(from_matrix(module, torch.stack(parts), weight.shape))
+    return from_matrix(module, torch.stack(masks), weight.shape), wrong / whole if whole else 0.0
+
+
+def _within_blocks(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Of the weights called `names` the modules that lie in a block and can be solved."""
+    blocks = blocks_of(model)
+    modules = [name.removesuffix("weight").removesuffix(".") for name in names]
+    return [
+        name
+        for name in modules
+        if solvable(model.get_submodule(name))
+        and any(not block or name == block or name.startswith(f"{block}.") for block in blocks)
+    ]
+
+
+class _Kept:
+    """Blocks that are done, in a folder: weights, masks and errors, one file each."""
+
+    def __init__(
+        self, folder: Path, layers: Mapping[str, Sequence[str]], outcome: Outcome, propagate: Propagate
+    ) -> None:
+        self._folder, self._layers, self._outcome, self._propagate = folder / "blocks", layers, outcome, propagate
+        self._places = {block: place for place, block in enumerate(layers)}
+
+    @contextmanager
+    def hold(self, name: str, block: nn.Module) -> Iterator[bool]:
+        """See `solvers.layerwise.Hold`."""
+        file = self._folder / f"{self._places[name]:04}.safetensors"
+        found = read_state(file, "block") if file.exists() else None
+        if found is not None and self._propagate == "pruned":
+            self._restore(block, name, found)
+        yield found is not None
+        if found is None:
+            write_state(file, self._state(block, name), "block")
+        elif self._propagate == "dense":
+            self._restore(block, name, found)
+
+    def _state(self, block: nn.Module, name: str) -> dict[str, Any]:
+        done = [layer for layer in self._layers[name] if layer in self._outcome.errors]
+        return {
+            layer: {
+                "weight": block.get_parameter(_inside(layer, name)).detach(),
+                "mask": pack(self._outcome.masks[f"{layer}.weight".lstrip(".")]),
+                "error": self._outcome.errors[layer],
+            }
+            for layer in done
+        }
+
+    @torch.no_grad()
+    def _restore(self, block: nn.Module, name: str, found: Mapping[str, Any]) -> None:
+        for layer, state in found.items():
+            weight = block.get_parameter(_inside(layer, name))
+            weight.copy_(state["weight"])
+            mask = unpack(state["mask"], weight.numel()).view(weight.shape)
+            self._outcome.masks[f"{layer}.weight".lstrip(".")] = mask
+            self._outcome.errors[layer] = state["error"]
+
+
+def _inside(layer: str, block: str) -> str:
+    return f"{layer.removeprefix(block).lstrip('.')}.weight".lstrip(".")

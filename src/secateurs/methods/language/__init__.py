@@ -1,0 +1,1 @@
+"""Systems that prune language models."""

@@ -1,0 +1,90 @@
+"""Wanda: weights and activations, the product of a weight's size and its input's norm, compared within each output.
+
+Sun, Liu, Bair and Kolter, "A Simple and Effective Pruning Approach for Large Language Models", ICLR 2024,
+arXiv 2306.11695. Unit: single weights, or N:M patterns along the inputs. When: after training, in one pass over
+calibration data, layer by layer. How: of each row of W the weights of least |w_ij|·‖x_j‖₂ go (equation 1), the others
+stay as they are; the next block sees what the pruned one gives.
+
+Defaults. The same share of every layer, exactly ⌊·⌉ of each row; blocks only: embeddings, head and norms stay. The
+paper calibrates on 128 sequences of 2,048 tokens of C4; give yours as data=.
+Not as in the published code: counts are exact where scores tie, and norms count tokens, not sequences (a factor).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+from torch import nn
+
+from ...core.budget import Budget
+from ...core.catalogue import Method, method
+from ...core.comparison import Within
+from ...in_layers import LayerSolver, Subject, prune_in_layers
+from ...pruning import Pruned
+from ...solvers import Propagate, Solved
+from ..parameters import OneOf, check
+
+__all__ = ["METHOD", "Wanda", "wanda"]
+
+
+@dataclass(frozen=True)
+class Wanda:
+    """Hyperparameters.
+
+    Args:
+        within: what is compared: the weights of a "row" (default), or of the whole "matrix".
+        propagate: what the next block sees: "pruned" activations (default) or "dense".
+    """
+
+    within: Annotated[Within, OneOf(("row", "matrix"))] = "row"
+    propagate: Annotated[Propagate, OneOf(("pruned", "dense"))] = "pruned"
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @property
+    def solver(self) -> LayerSolver:
+        """What is done to a matrix."""
+        return LayerSolver("wanda", _solve, within=self.within)
+
+
+def wanda(
+    model: nn.Module, example_inputs: Any, budget: str | Budget, *, options: Wanda | None = None, **common: Any
+) -> Pruned:
+    """A copy of `model` with zeros in the layers of its blocks.
+
+    Args:
+        model, example_inputs, budget: as for `prune`; "sparsity=50%" or "2:4".
+        options: hyperparameters.
+        common: data, test, recover, scope, ignore, allocation and the rest of `in_layers.prune_in_layers`' arguments.
+
+    Raises:
+        BudgetError: a budget that is neither a sparsity nor a pattern.
+        DataError: calibration data are missing or empty.
+    """
+    how = options or Wanda()
+    return prune_in_layers(
+        model, example_inputs, budget, how.solver, propagate=how.propagate, settings=asdict(how), **common
+    )
+
+
+def _solve(subject: Subject) -> Solved:
+    scores = subject.weight.abs().double() * subject.inputs.norm
+    mask = subject.comparison.keep(scores)
+    return Solved(subject.weight * mask, mask)
+
+
+METHOD = method(
+    Method(
+        name="wanda",
+        title="A Simple and Effective Pruning Approach for Large Language Models",
+        arxiv="2306.11695",
+        units=("weight", "N:M"),
+        when=("after training",),
+        how="|w|·‖x‖ within each output, layer by layer",
+        run=wanda,
+        needs=("data",),
+        claim="Without any weight update it is far better than magnitude pruning, and close to SparseGPT.",
+    )
+)

@@ -1,0 +1,167 @@
+"""Block after block: what its layers see is gathered, its layers are solved, and the next block is reached.
+
+One driver for all that prunes a transformer layer by layer. Statistics are gathered once a block, or once a level of
+it; what the next block sees comes from the block as it was ("dense") or as it is by then ("pruned").
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..core.batch import Call, call, leaves, split
+from ..core.errors import ModelError, OptionError
+from ..core.finite import all_finite
+from .blocks import blocks_of, walk
+from .gram import Gram, solvable
+from .sequential import call_levels, grams_of
+
+__all__ = ["Gathering", "Hold", "Propagate", "layers_by_block", "seen_of", "solve_blocks"]
+
+Propagate = Literal["pruned", "dense"]
+SolveLayer = Callable[[str, nn.Module, Gram], None]
+# Brings the tensors of a block into memory and takes them away; gives whether the block was solved in an earlier run.
+Hold = Callable[[str, nn.Module], AbstractContextManager[bool]]
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """What is gathered of the inputs of each layer, and which activations go on to the next block.
+
+    Args:
+        full: products of different inputs, too, for solvers that need a Hessian.
+        dtype: of the products; see `Gram`.
+        propagate: "pruned", what the solved block gives, or "dense", what it gave before.
+        levels: gather and solve the layers of a block one level after the other, each on what the solved ones before it
+            give ("true sequential"); otherwise all layers of a block see the block as it was.
+    """
+
+    full: bool = True
+    dtype: torch.dtype = torch.float32
+    propagate: Propagate = "pruned"
+    levels: bool = False
+
+
+def layers_by_block(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
+    """For each block of `blocks_of` that has some, in order, those of the modules called `names` that lie in it.
+
+    Raises:
+        ModelError: one of them is in no block, or is of no kind whose inputs have a `Gram`.
+    """
+    blocks = {block: list[str]() for block in blocks_of(model)}
+    for name in names:
+        if not solvable(model.get_submodule(name)):
+            kind = type(model.get_submodule(name)).__name__
+            raise ModelError(f"{name} is a {kind}, which is no linear layer or convolution: leave it out with ignore=.")
+        home = next((block for block in blocks if not block or name == block or name.startswith(f"{block}.")), None)
+        if home is None:
+            raise ModelError(f"{name} lies in none of the blocks of {type(model).__name__}: leave it out with ignore=.")
+        blocks[home].append(name)
+    return blocks
+
+
+def seen_of(data: Iterable[Any]) -> list[Tensor | None]:
+    """Per batch the bool mask [samples, tokens] of what is no padding, from its "attention_mask"; None without one."""
+
+    def mask(batch: Any) -> Tensor | None:
+        inputs = split(batch)[0]
+        found = inputs.get("attention_mask") if hasattr(inputs, "get") else None
+        return found.bool() if isinstance(found, Tensor) and found.dim() == 2 and not bool(found.all()) else None
+
+    return [mask(batch) for batch in data]
+
+
+def solve_blocks(
+    model: nn.Module,
+    data: Sequence[Any],
+    layers: Mapping[str, Sequence[str]],
+    solve: SolveLayer,
+    gathering: Gathering,
+    *,
+    hold: Hold | None = None,
+    on_block: Callable[[str], None] | None = None,
+) -> None:
+    """None; `solve(name, module, gram)` has been called once for each layer, and has changed its weight in place.
+
+    A layer that no batch reaches (an expert that no token is routed to) is left as it is, with a warning.
+
+    Args:
+        model: a copy that may be changed.
+        data: batches as in `core.batch`; "attention_mask" tells padding, which does not count.
+        layers: names of modules by block, as `layers_by_block` gives them; blocks without layers are only run.
+        solve: called without gradients.
+        gathering: what of.
+        hold: for models larger than memory; default: all is in memory, nothing was solved.
+        on_block: told the name of each block that is done.
+
+    Raises:
+        DataError: there is no batch.
+        ModelError: a block is never reached, or gives NaN or infinite values.
+    """
+    if gathering.propagate not in ("pruned", "dense"):
+        raise OptionError(f"propagate must be pruned or dense, got {gathering.propagate!r}.")
+    seen = seen_of(data)
+    model.eval()
+
+    def visit(name: str, block: nn.Module, calls: list[Call]) -> list[Any]:
+        inner = {layer.removeprefix(name).lstrip("."): layer for layer in layers[name]}
+        with (hold or _in_memory)(name, block) as finished:
+            outputs = _outputs(block, calls) if finished else _solved(block, calls, inner, solve, gathering, seen)
+        _check_outputs(name, outputs)
+        if on_block is not None:
+            on_block(name)
+        return outputs
+
+    walk(model, data, list(layers), visit)
+
+
+def _solved(
+    block: nn.Module,
+    calls: list[Call],
+    inner: Mapping[str, str],
+    solve: SolveLayer,
+    gathering: Gathering,
+    seen: Sequence[Tensor | None],
+) -> list[Any]:
+    """The outputs with which the forward passes go on, of a block whose layers have been solved."""
+    dense = gathering.propagate == "dense"
+    outputs: list[Any] = []
+    for number, level in enumerate(call_levels(block, calls, list(inner)) if gathering.levels else [tuple(inner)]):
+        want = dense and not number
+        grams, made = grams_of(
+            block, calls, level, full=gathering.full, dtype=gathering.dtype, seen=seen, outputs=want
+        )  # fmt: skip
+        outputs = made if want else outputs
+        with torch.no_grad():
+            for name in level:
+                if grams[name].count:
+                    solve(inner[name], block.get_submodule(name), grams.pop(name))
+                else:
+                    warnings.warn(
+                        f"{inner[name]} saw no token of the calibration data and stays as it is.", stacklevel=2
+                    )
+    return outputs if dense and inner else _outputs(block, calls)
+
+
+@torch.no_grad()
+def _outputs(block: nn.Module, calls: Iterable[Call]) -> list[Any]:
+    return [call(block, given) for given in calls]
+
+
+def _check_outputs(name: str, outputs: Sequence[Any]) -> None:
+    for number, output in enumerate(outputs):
+        if any(leaf.is_floating_point() and not all_finite(leaf) for leaf in leaves(output)):
+            raise ModelError(
+                f"{name or 'the model'} gives NaN or infinite values on batch {number}: look at the data, or run the "
+                "model in float32 or bfloat16."
+            )
+
+
+def _in_memory(name: str, block: nn.Module) -> AbstractContextManager[bool]:
+    return nullcontext(False)

@@ -1,0 +1,168 @@
+"""Pruning layer by layer: budgets, allocation, what is kept of a killed run, and the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import secateurs as sec
+from secateurs.core.errors import BudgetError, DataError, ModelError, OptionError
+from secateurs.in_layers import LayerSolver, Subject, prune_in_layers
+from secateurs.solvers import Solved
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Net(nn.Module):
+    def __init__(self, width: int = 8, blocks: int = 3) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(width, width), nn.Linear(width, 3)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def magnitude(subject: Subject) -> Solved:
+    mask = subject.comparison.keep(subject.weight.abs())
+    return Solved(subject.weight * mask, mask)
+
+
+SOLVER = LayerSolver("by-size", magnitude)
+
+
+@pytest.fixture
+def model() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture
+def data() -> list[Any]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(16, 8, generator=generator), torch.randint(0, 3, (16,), generator=generator)) for _ in range(3)
+    ]
+
+
+def run(model: nn.Module, data: Any, budget: str = "sparsity=50%", **options: Any) -> sec.Pruned:
+    return prune_in_layers(model, torch.ones(1, 8), budget, SOLVER, data=data, measure=False, **options)
+
+
+def test_exactly_the_share_of_each_layer_goes_and_the_rest_stays(model: Net, data: list[Any]) -> None:
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    made = run(model, data, "sparsity=75%")
+    for name, parameter in made.model.named_parameters():
+        if name in made.masks:
+            assert int(made.masks[name].sum()) == parameter.numel() // 4
+            assert torch.equal(parameter, before[name] * made.masks[name])
+        else:
+            assert torch.equal(parameter, before[name])
+    assert sorted(made.masks) == [f"blocks.{i}.{n}.weight" for i in range(3) for n in ("down", "up")]
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert made.plan.sparsity == 0.75
+
+
+def test_a_pattern_holds_in_every_group(model: Net, data: list[Any]) -> None:
+    made = run(model, data, "2:4")
+    for mask in made.masks.values():
+        assert mask.view(-1, 4).sum(1).unique().tolist() == [2]
+
+
+def test_an_allocation_says_how_much_of_which_layer(model: Net, data: list[Any]) -> None:
+    given = {f"blocks.{i}.{n}": share for i, share in enumerate((0.25, 0.5, 0.75)) for n in ("up", "down")}
+    made = run(model, data, allocation="given", allocation_options={"densities": given})
+    assert {name: float(mask.float().mean()) for name, mask in made.masks.items()} == {
+        f"{name}.weight": share for name, share in given.items()
+    }
+
+
+def test_scope_and_ignore_choose_layers(model: Net, data: list[Any]) -> None:
+    assert sorted(run(model, data, scope="*.up").masks) == [f"blocks.{i}.up.weight" for i in range(3)]
+    assert sorted(run(model, data, ignore="blocks.1.*").masks) == [
+        f"blocks.{i}.{n}.weight" for i in (0, 2) for n in ("down", "up")
+    ]
+
+
+def test_quality_is_measured_before_and_after_and_repair_follows(model: Net, data: list[Any]) -> None:
+    made = run(model, data, test=data, recover=sec.FineTune(steps=2, lr=0.01))
+    assert list(made.report.stages) == ["one-shot", "recovered"]
+    assert all(bool((p[~made.masks[n]] == 0).all()) for n, p in made.model.named_parameters() if n in made.masks)
+
+
+def test_the_caller_s_model_can_take_the_place(model: Net, data: list[Any]) -> None:
+    made = run(model, data, inplace=True)
+    assert made.model is model
+    assert float((model.blocks[0].up.weight == 0).float().mean()) == 0.5
+
+
+@pytest.mark.parametrize("propagate", ["pruned", "dense"])
+def test_a_killed_run_goes_on_to_the_same_bits(model: Net, data: list[Any], tmp_path: Path, propagate: Any) -> None:
+    whole = run(model, data, propagate=propagate)
+    calls: list[str] = []
+
+    def counted(subject: Subject) -> Solved:
+        calls.append(subject.where)
+        return magnitude(subject)
+
+    def stop(name: str) -> None:
+        if name == "blocks.1":
+            raise KeyboardInterrupt
+
+    solver = LayerSolver("by-size", counted)
+    options: dict[str, Any] = {"data": data, "measure": False, "propagate": propagate, "checkpoint": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        prune_in_layers(model, torch.ones(1, 8), "sparsity=50%", solver, on_block=stop, **options)
+    assert [name.split(".")[1] for name in calls] == ["0", "0", "1", "1"]
+    made = prune_in_layers(model, torch.ones(1, 8), "sparsity=50%", solver, **options)
+    assert [name.split(".")[1] for name in calls] == ["0", "0", "1", "1", "2", "2"]
+    assert all(
+        torch.equal(one, other) for one, other in zip(whole.model.parameters(), made.model.parameters(), strict=True)
+    )
+    assert all(torch.equal(whole.masks[name], made.masks[name]) for name in whole.masks)
+    assert made.plan.same_as(whole.plan)
+
+
+def test_a_folder_of_another_run_is_refused(model: Net, data: list[Any], tmp_path: Path) -> None:
+    run(model, data, checkpoint=tmp_path)
+    with pytest.raises(OptionError, match="holds a run of another model, budget or options"):
+        run(model, data, "sparsity=60%", checkpoint=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("budget", "options", "error", "text"),
+    [
+        ("macs<=50%", {}, BudgetError, "needs a budget such as sparsity=50% or 2:4"),
+        ("sparsity=50%", {"sensitivities": (0.5,)}, OptionError, "by-size makes one decision"),
+        ("sparsity=50%", {"scope": "head"}, ModelError, "no block of Net has a layer to solve"),
+        ("sparsity=50%", {"data": []}, DataError, "empty"),
+        ("sparsity=50%", {"data": None}, DataError, "pass data="),
+    ],
+)
+def test_what_cannot_be_done_is_refused(
+    model: Net, data: list[Any], budget: str, options: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    options = {"data": data, "measure": False} | options
+    with pytest.raises(error, match=text):
+        prune_in_layers(model, torch.ones(1, 8), budget, SOLVER, **options)
+
+
+def test_weights_that_are_no_numbers_are_refused_by_name(model: Net, data: list[Any]) -> None:
+    with torch.no_grad():
+        model.blocks[1].up.weight[0, 0] = float("nan")
+    with pytest.raises(ModelError, match=r"blocks\.1\.up"):
+        run(model, data)
