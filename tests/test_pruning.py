@@ -507,6 +507,29 @@ def test_budgets_that_cannot_be_read_are_refused(options: dict[str, Any], budget
 # -- published systems by name -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("method", [None, "spa-obspa"])
+@pytest.mark.parametrize("wrap", [list, iter])
+def test_example_inputs_may_come_from_the_data(method: str | None, wrap: Callable[[Any], Any]) -> None:
+    wanted = prune(net(), inputs=batches()[0][0], data=batches(), method=method)
+    made = sec.prune(net(), budget="macs<=50%", data=wrap(batches()), method=method, measure=False)
+    assert made.plan.same_as(wanted.plan)
+    assert torch.equal(made.plan.example_inputs, batches()[0][0])
+
+
+def test_labels_are_no_example_inputs() -> None:
+    inputs = pruning.inputs_like([{"input_ids": X, "labels": X}])
+    assert list(inputs) == ["input_ids"]
+
+
+def test_a_model_without_inputs_or_budget_is_refused() -> None:
+    with pytest.raises(OptionError, match=r"prune needs example_inputs= to run the model on, or data="):
+        sec.prune(net(), budget="macs<=50%")
+    with pytest.raises(OptionError, match=r'prune needs a budget, such as budget="macs<=50%"'):
+        sec.prune(net(), X)
+    with pytest.raises(DataError, match="empty"):
+        sec.prune(net(), budget="macs<=50%", data=[])
+
+
 def test_a_method_is_asked_for_by_name() -> None:
     model = net()
     made = prune(model, "sparsity=75%", method="global-magnitude", scope="0")

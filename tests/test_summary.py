@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from secateurs.summary import quality_of
+from secateurs.deploy.runtime import LayerChoice, Runtime
+from secateurs.measure.latency import Latency, Spread
+from secateurs.report import Report, RuntimeLayer, RuntimeSummary, Side
+from secateurs.summary import quality_of, with_runtime
 
 
 class Tagged(nn.Module):
@@ -38,3 +41,31 @@ IDS = torch.tensor([[0, 1, 2], [3, 4, 0]])
 )
 def test_the_batches_say_what_is_measured(model: nn.Module, batch: Any, metrics: set[str]) -> None:
     assert set(quality_of(model, [batch])) == metrics
+
+
+def test_a_runtime_becomes_a_part_of_the_report() -> None:
+    choices = (
+        LayerChoice("a", "Linear", (4, 2), 0.5, ((3, 2),), "csr", {"dense": 2.0, "csr": 1.0, "bag": 1.5}),
+        LayerChoice("b", "Linear", (4, 4), 1.0, reason="none of its weights is zero"),
+    )
+    timings = {
+        "dense": Latency(4.0, 4.0, 4.0, 1, "cpu", 3, 5, Spread(1, 1, 1)),
+        "sparse": Latency(2.0, 2.0, 2.0, 1, "cpu", 3, 5, Spread(2, 1.5, 2.5)),
+    }
+    runtime = Runtime(nn.Identity(), choices, timings)
+    report = with_runtime(Report(model="net", form="mask", before=Side(8), after=Side(8)), runtime)
+    assert report.runtime == RuntimeSummary(
+        "2.00 times faster than the dense model: 1 of 2 layers changed.",
+        {"dense": 4.0, "sparse": 2.0},
+        (2, 1.5, 2.5),
+        3,
+        (
+            RuntimeLayer("a", "csr", (4, 2), 0.5, 2.0, 1.0),
+            RuntimeLayer("b", "dense", (4, 4), 1.0, reason="none of its weights is zero"),
+        ),
+    )
+    unmeasured = with_runtime(report, Runtime(nn.Identity(), choices)).runtime
+    assert unmeasured is not None
+    assert (unmeasured.speedup, unmeasured.batch, unmeasured.seconds) == (None, None, {})
+    assert report.headline().endswith("; 2.00× faster in the sparse runtime.")
+    assert Report.from_dict(report.to_dict()) == report

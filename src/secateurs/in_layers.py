@@ -27,6 +27,7 @@ from .recover.context import seeded
 from .running import Clock, Stage, claim
 from .solvers import Gram, Solved, blocks_of, from_matrix, quadratic_error, solvable, to_matrix
 from .solvers.layerwise import Gathering, Propagate, layers_by_block, solve_blocks
+from .solvers.ranks import first, wait
 from .summary import Findings, quality_of
 from .train.scope import divided_weights, prunable_weights
 
@@ -162,7 +163,7 @@ def prune_in_layers(
         granularity="weight", scope=scope, ignore=ignore, seed=seed,
     )  # fmt: skip
     folder = None if checkpoint is None else Path(checkpoint)
-    if folder is not None:
+    if folder is not None and first():
         run = {"recipe": recipe.to_dict(), "model": digest(model), "settings": dict(settings or {})}
         claim(folder, run | {"propagate": propagate, "levels": levels})
     notes = Findings(model=name or type(model).__name__)
@@ -242,14 +243,16 @@ def solve_layers(
     """
     outcome = Outcome()
 
-    def solve(name: str, module: nn.Module, gram: Gram) -> None:
-        mask, error = solved(module, gram, comparisons[name], solver, name)
+    def solve(name: str, module: nn.Module, gram: Gram) -> tuple[Tensor, float]:
+        return solved(module, gram, comparisons[name], solver, name)
+
+    def note(name: str, module: nn.Module, mask: Tensor, error: float) -> None:
         outcome.masks[f"{name}.weight".lstrip(".")] = mask
         outcome.errors[name] = error
 
     layers = layers_by_block(model, comparisons)
     hold = None if folder is None else _Kept(folder, layers, outcome, gathering.propagate).hold
-    solve_blocks(model, data, layers, solve, gathering, hold=hold, on_block=on_block)
+    solve_blocks(model, data, layers, solve, gathering, note=note, hold=hold, on_block=on_block)
     return outcome
 
 
@@ -305,7 +308,9 @@ class _Kept:
             self._restore(block, name, found)
         yield found is not None
         if found is None:
-            write_state(file, self._state(block, name), "block")
+            if first():
+                write_state(file, self._state(block, name), "block")
+            wait()
         elif self._propagate == "dense":
             self._restore(block, name, found)
 

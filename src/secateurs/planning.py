@@ -33,9 +33,9 @@ from .measure.params import bytes_in_memory, parameters
 from .recover.context import seeded
 from .train.scope import divided_weights, prunable_weights
 
-__all__ = ["GRANULARITIES", "Granularity", "batches_of", "plan", "plan_of_masks", "recipe_of", "timer"]
+__all__ = ["GRANULARITIES", "Granularity", "batches_of", "in_scope", "plan", "plan_of_masks", "recipe_of", "timer"]
 
-GRANULARITIES = ("channel", "head", "head-size", "width", "layer", "weight", "block:ROWSxCOLUMNS")
+GRANULARITIES = ("channel", "head", "head-size", "width", "expert", "layer", "weight", "block:ROWSxCOLUMNS")
 _BLOCK = re.compile(r"block:(\d+)x(\d+)")
 # A group that keeps less than this share of its units is warned about, before anything is trained.
 _FEW = 0.05
@@ -69,6 +69,9 @@ class Granularity:
         if text in ("head", "head-size"):
             # The size of a head is in the scale of its products, so its removal is seldom neutral.
             return cls(kinds=(text,), entangled=text == "head-size")
+        if text == "expert":
+            # A router's softmax runs over them, so removing one is never the same as zeroing it.
+            return cls(kinds=(text,), entangled=True)
         if text == "layer":
             return cls(kinds=("layer",))
         if text == "weight":
@@ -108,8 +111,9 @@ def plan(
         allocation, allocation_options: how much goes from where; see `secateurs.core.allocate`.
         granularity: "channel" (the default: widths and attention heads whose removal equals zeroing, and where those
             are less than two fifths of the parameters all widths), "head", "head-size", "width" (also those that a
-            normalisation runs over, such as the hidden size of a transformer), "layer" (whole blocks through which a
-            residual stream goes), "weight" (the default for N:M), or "block:4x1".
+            normalisation runs over, such as the hidden size of a transformer), "expert" (of a mixture of experts, as if
+            the router had never known those that go), "layer" (whole blocks through which a residual stream goes),
+            "weight" (the default for N:M), or "block:4x1".
         scope, ignore: patterns of names of layers or parameters to prune, or to leave alone.
         floor: fewest units that stay in a group: a count, or a share. Default 10% of the channels of a group; one
             entry of a weight; no layer, but for one where nothing else is in its container.
@@ -284,7 +288,7 @@ def _units(
         return layers, layers.groups, layers.costs
     structure = infer(model, example_inputs, kinds=unit.kinds, entangled=unit.entangled)
     if recipe.scope is not None or recipe.ignore:
-        structure = structure.restricted(g.name for g in _in_scope(structure.groups, recipe))
+        structure = structure.restricted(g.name for g in in_scope(structure.groups, recipe.scope, recipe.ignore))
     if not structure.groups:
         reasons = "; ".join(dict.fromkeys(f.reason for f in structure.frozen[:3])) or "no layer has a free width"
         raise ModelError(f"nothing to prune in {type(model).__name__} at this granularity: {reasons}.")
@@ -342,22 +346,26 @@ def _weight_costs(model: nn.Module, example_inputs: Any, groups: Sequence[Weight
     )
 
 
-def _in_scope(groups: tuple[ChannelGroup, ...], recipe: Recipe) -> tuple[ChannelGroup, ...]:
+def in_scope(
+    groups: tuple[ChannelGroup, ...], scope: str | Sequence[str] | None, ignore: str | Sequence[str]
+) -> tuple[ChannelGroup, ...]:
     """Groups of which a pattern of the scope matches the name or a producing tensor, and none to ignore any member.
 
     Raises:
         OptionError: a pattern matches nothing.
     """
+    wanted = None if scope is None else _listed(scope)
+    left_alone = _listed(ignore)
 
     def hit(group: ChannelGroup, pattern: str, producing: bool) -> bool:
         tensors = [m.tensor for m in group.members if m.role == "out" or not producing]
         return any(fnmatchcase(name, pattern) for t in (group.name, *tensors) for name in (t, t.rpartition(".")[0]))
 
-    for pattern in (*(recipe.scope or ()), *recipe.ignore):
+    for pattern in (*(wanted or ()), *left_alone):
         if not any(hit(g, pattern, False) for g in groups):
             raise unknown_name("pattern", pattern, [g.name for g in groups])
-    chosen = [g for g in groups if recipe.scope is None or any(hit(g, p, True) for p in recipe.scope)]
-    return tuple(g for g in chosen if not any(hit(g, p, False) for p in recipe.ignore))
+    chosen = [g for g in groups if wanted is None or any(hit(g, p, True) for p in wanted)]
+    return tuple(g for g in chosen if not any(hit(g, p, False) for p in left_alone))
 
 
 def _listed(patterns: str | Sequence[str]) -> tuple[str, ...]:

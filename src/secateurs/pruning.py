@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .core.batch import Loss, take
+from .core.batch import Loss, split, take
 from .core.budget import Budget
 from .core.catalogue import get_method
 from .core.errors import OptionError
@@ -136,8 +136,8 @@ def load(folder: str | Path, *, trust: Sequence[str] = ()) -> Pruned:
 
 def prune(
     model: nn.Module,
-    example_inputs: Any,
-    budget: str | Budget,
+    example_inputs: Any = None,
+    budget: str | Budget | None = None,
     *,
     method: str | None = None,
     data: Iterable[Any] | None = None,
@@ -162,7 +162,8 @@ def prune(
 
     Args:
         model: any module whose forward runs on the example inputs; untouched unless `inplace`.
-        example_inputs: a tensor, a tuple of positional arguments or a dict of keywords.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keywords; by default the inputs of the
+            first batch of `data`, which then must be something to go through more than once.
         budget: as "macs<=50%", "sparsity=90%", "2:4"; several joined with ",".
         method: a published system of the catalogue that decides in place of `options`; it takes its own options then.
         data: batches for criteria, batch-norm recalibration and fine-tuning, read only where one of these needs them.
@@ -190,6 +191,11 @@ def prune(
     >>> prune(net, torch.ones(1, 8), "macs<=50%", measure=False).model[0]
     Linear(in_features=8, out_features=8, bias=True)
     """
+    if budget is None:
+        raise OptionError('prune needs a budget, such as budget="macs<=50%".')
+    if example_inputs is None:
+        data = batches_of(data)
+        example_inputs = inputs_like(data)
     if method is not None:
         common = {
             "data": data, "test": test, "loss": loss, "recover": recover, "recalibrate": recalibrate,
@@ -276,6 +282,18 @@ def completed(
     if inplace:
         made = take_place(model, made)
     return Pruned(made, plan, report, masks)
+
+
+def inputs_like(data: Iterable[Any] | None) -> Any:
+    """The inputs of the first batch of `data`, without labels.
+
+    Raises:
+        OptionError: there are no data to take them from.
+    """
+    if data is None:
+        raise OptionError("prune needs example_inputs= to run the model on, or data= to take them from.")
+    inputs = split(take(data, 1)[0])[0]
+    return {k: v for k, v in inputs.items() if k != "labels"} if isinstance(inputs, dict) else inputs
 
 
 def _sweep(

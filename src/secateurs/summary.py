@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .core.batch import split
+from .deploy.runtime import LayerChoice, Runtime
 from .deploy.size import size_on_disk
 from .graph.layers import LayerStructure, original_paths
 from .graph.plan import ModelPlan
@@ -33,8 +34,9 @@ from .report.data import (
     Side,
     Speedup,
 )
+from .report.runtime import RuntimeLayer, RuntimeSummary
 
-__all__ = ["Findings", "quality_of", "summarize"]
+__all__ = ["Findings", "quality_of", "runtime_summary", "summarize", "with_runtime"]
 
 
 @dataclass
@@ -109,6 +111,28 @@ def summarize(
         environment=environment(),
         seconds=found.seconds,
     )
+
+
+def with_runtime(report: Report, runtime: Runtime) -> Report:
+    """The report with what the sparse runtime made of the pruned model."""
+    return replace(report, runtime=runtime_summary(runtime))
+
+
+def runtime_summary(runtime: Runtime) -> RuntimeSummary:
+    """The sparse runtime as a part of a report."""
+    faster = runtime.speedup
+    return RuntimeSummary(
+        verdict=runtime.verdict,
+        seconds={name: timing.median for name, timing in runtime.timings.items()},
+        speedup=None if faster is None else (faster.median, faster.p10, faster.p90),
+        batch=next((timing.batch for timing in runtime.timings.values()), None),
+        layers=tuple(map(_form, runtime.layers)),
+    )
+
+
+def _form(choice: LayerChoice) -> RuntimeLayer:
+    dense, now = (choice.seconds.get(form) for form in ("dense", choice.format))
+    return RuntimeLayer(choice.layer, choice.format, choice.shape, choice.density, dense, now, choice.reason)
 
 
 def environment() -> dict[str, Any]:

@@ -68,6 +68,17 @@ def test_top_of_a_million_is_exact(k: int, kind: str) -> None:
     assert torch.equal(mask, expected)
 
 
+@pytest.mark.parametrize("k", [1, 60_000, 99_000, 99_999])
+def test_a_sample_that_misleads_costs_time_only(k: int) -> None:
+    """Every 257th entry, which are looked at first, is far above or below the rest."""
+    scores = torch.rand(100_000, generator=torch.Generator().manual_seed(1))
+    for level in (-5.0, 5.0):
+        scores[::257] = level
+        wanted = torch.zeros(100_000, dtype=torch.bool)
+        wanted[scores.argsort(descending=True, stable=True)[:k]] = True
+        assert torch.equal(top(scores, k), wanted)
+
+
 def test_top_minimises_what_is_lost() -> None:
     weight = torch.tensor([0.3, -2.0, 0.9, 1.1, -0.2, 0.5, -0.7, 1.6])
     for k in range(9):
@@ -144,6 +155,15 @@ def test_n_of_m_is_top_of_each_run(rows: int, runs: int, of: int, data: st.DataO
     scores = [data.draw(st.lists(tied, min_size=of * runs, max_size=of * runs)) for _ in range(rows)]
     expected = [[b for i in range(0, len(row), of) for b in by_sorting(row[i : i + of], keep)] for row in scores]
     assert n_of_m(torch.tensor(scores), keep, of).tolist() == expected
+
+
+@pytest.mark.parametrize("of", [4, 8, 16])
+def test_equal_and_infinite_scores_of_many_runs(of: int) -> None:
+    scores = torch.randint(-2, 3, (64, 10 * of), generator=torch.Generator().manual_seed(of)).float()
+    scores[scores == 2], scores[scores == -2] = float("inf"), float("-inf")
+    order = scores.view(-1, of).argsort(dim=1, descending=True, stable=True)
+    wanted = torch.zeros(640, of, dtype=torch.bool).scatter(1, order[:, : of // 2], True)
+    assert torch.equal(n_of_m(scores, of // 2, of), wanted.view(64, -1))
 
 
 def test_n_of_m_counts_what_stays() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateurs.core.dims import Atom, Fixed, product
-from secateurs.core.errors import ModelError
+from secateurs.core.errors import ModelError, OptionError
 from secateurs.core.units import ChannelGroup, WeightGroup
 from secateurs.criteria import score
 from secateurs.criteria.activation import input_norms, output_moments
@@ -152,6 +152,79 @@ def test_wanda_of_channels_is_lifted_from_entries() -> None:
     found = score("wanda", model, [first_channels()], data=data, normalize="none", combine="sum")["first"]
     rows, columns = entries["first.weight"].view(4, -1).sum(1), entries["second.weight"].view(3, 4, -1).sum((0, 2))
     torch.testing.assert_close(found, rows + columns)
+
+
+# -- relative importance -----------------------------------------------------------------------------------------------
+
+
+def relative(matrix: Tensor) -> Tensor:
+    """Entry by entry |w|/Σ of its column + |w|/Σ of its row."""
+    out = torch.zeros_like(matrix)
+    for i, row in enumerate(matrix.abs().tolist()):
+        for j, size in enumerate(row):
+            out[i, j] = size / sum(matrix.abs()[:, j].tolist()) + size / sum(row)
+    return out
+
+
+@pytest.mark.parametrize("power", [0.5, 0.0, 2.0])
+def test_ria_of_a_linear_layer_entry_by_entry(power: float) -> None:
+    model, data = nn.Sequential(nn.Linear(3, 2)), [torch.randn(2, 4, 3), torch.randn(1, 4, 3)]
+    norms = torch.cat([x.reshape(-1, 3) for x in data]).norm(dim=0)
+    found = score("ria", model, [WeightGroup("0.weight", (2, 3))], data=data, power=power)["0.weight"]
+    torch.testing.assert_close(found, (relative(model[0].weight.detach()) * norms**power).flatten())
+
+
+def test_half_a_power_is_the_default_of_ria() -> None:
+    model, groups, data = nn.Linear(3, 2), [WeightGroup("weight", (2, 3))], [torch.randn(5, 3)]
+    found = score("ria", model, groups, data=data)["weight"]
+    assert torch.equal(found, score("ria", model, groups, data=data, power=0.5)["weight"])
+    assert not torch.equal(found, score("ria", model, groups, data=data, power=1.0)["weight"])
+
+
+def test_ria_by_hand() -> None:
+    model = nn.Linear(2, 2, bias=False)
+    model.weight.data = torch.tensor([[1.0, -3.0], [3.0, 0.0]])
+    # Norms 4 and 9; rows sum to 4 and 3, columns to 4 and 3.
+    data = [torch.tensor([[4.0, 0.0], [0.0, 9.0]])]
+    found = score("ria", model, [WeightGroup("weight", (2, 2))], data=data)["weight"].view(2, 2)
+    torch.testing.assert_close(found, torch.tensor([[(1 / 4 + 1 / 4) * 2, (1 + 3 / 4) * 3], [(3 / 4 + 1) * 2, 0.0]]))
+
+
+def test_ria_of_a_grouped_convolution_is_that_of_each_matrix() -> None:
+    conv, x = nn.Conv2d(4, 6, 3, groups=2), torch.randn(2, 4, 6, 6)
+    model, shape = nn.Sequential(conv), (6, 2, 3, 3)
+    norms = input_norms(model, ["0.weight"], [x])["0.weight"].expand(shape).float()
+    parts = [relative(half.flatten(1)) for half in conv.weight.detach().split(3)]
+    found = score("ria", model, [WeightGroup("0.weight", shape)], data=[x])["0.weight"].view(shape)
+    torch.testing.assert_close(found, torch.cat(parts).view(shape) * norms.sqrt())
+
+
+def test_ria_of_transposed_layers_and_embeddings() -> None:
+    odd, plain, x = Conv1D(2, 3), nn.Linear(3, 2), torch.randn(4, 3)
+    plain.weight.data = odd.weight.data.T.clone()
+    one = score("ria", nn.Sequential(odd), [WeightGroup("0.weight", (3, 2))], data=[x])["0.weight"]
+    two = score("ria", nn.Sequential(plain), [WeightGroup("0.weight", (2, 3))], data=[x])["0.weight"]
+    torch.testing.assert_close(one.view(3, 2).T, two.view(2, 3))
+    table = nn.Sequential(nn.Embedding(4, 2))
+    found = score("ria", table, [WeightGroup("0.weight", (4, 2))], data=[torch.tensor([[0, 1, 1], [1, 1, 3]])])
+    counts = torch.tensor([1.0, 4.0, 0.0, 1.0])
+    expected = relative(table[0].weight.detach()) * counts.sqrt().sqrt()[:, None]
+    torch.testing.assert_close(found["0.weight"].view(4, 2), expected)
+
+
+def test_rows_and_columns_of_zeros_have_no_relative_importance() -> None:
+    model = nn.Linear(3, 2, bias=False)
+    model.weight.data = torch.tensor([[0.0, 2.0, 1.0], [0.0, 0.0, 0.0]])
+    found = score("ria", model, [WeightGroup("weight", (2, 3))], data=[torch.ones(1, 3)])["weight"]
+    torch.testing.assert_close(found, torch.tensor([0.0, 1 + 2 / 3, 1 + 1 / 3, 0.0, 0.0, 0.0]))
+
+
+def test_a_negative_power_is_refused() -> None:
+    with pytest.raises(OptionError, match=r"power must be at least 0, got -0\.5"):
+        score("ria", nn.Linear(3, 2), [WeightGroup("weight", (2, 3))], data=[torch.ones(1, 3)], power=-0.5)
+
+
+# -- outputs -----------------------------------------------------------------------------------------------------------
 
 
 def concatenated(model: nn.Module, module: nn.Module, data: list[Tensor], channel: int) -> Tensor:

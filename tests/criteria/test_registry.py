@@ -11,7 +11,7 @@ from tests.criteria.models import mlp
 
 PUBLISHED = {
     *("activation-norm", "activation-variance", "block-influence", "crop", "fisher", "grasp", "magnitude"),
-    *("norm-scale", "random", "snip", "synflow", "taylor", "taylor-signed", "wanda"),
+    *("norm-scale", "random", "ria", "snip", "synflow", "taylor", "taylor-signed", "wanda"),
 }
 
 

@@ -37,6 +37,16 @@ def test_onnx_of_any_batch_size(tmp_path: Path) -> None:
     torch.testing.assert_close(found, net.eval()(seven))
 
 
+def test_a_session_is_called_as_the_model() -> None:
+    net = conv_net().eval()
+    session = module.onnx_session(net, IMAGES, threads=1)
+    (found,) = session(IMAGES)
+    torch.testing.assert_close(found, net(IMAGES))
+    assert session.session.get_session_options().intra_op_num_threads == 1
+    model = llama()
+    torch.testing.assert_close(module.onnx_session(model, TOKENS)(**TOKENS)[0], model.eval()(**TOKENS).logits)
+
+
 def test_onnx_with_keywords(tmp_path: Path) -> None:
     model = llama()
     path = export_onnx(model, TOKENS, tmp_path / "llama.onnx")

@@ -120,8 +120,11 @@ def prove_op(
 def _keep(run: Run, seed: int, least: int, whole: set[str]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     keep: dict[str, Tensor] = {}
+    resolve = run.recorder.trace.solver.resolve
+    fewest = {a.name: count for dim, count in run.recorder.trace.chosen for a in atoms(resolve(dim))}
     for name, n in run.live().items():
-        count = n if name in whole or least >= n else int(torch.randint(least, n, (1,), generator=generator))
+        floor = max(least, fewest.get(name, 1))
+        count = n if name in whole or floor >= n else int(torch.randint(floor, n, (1,), generator=generator))
         keep[name] = torch.zeros(n, dtype=torch.bool)
         keep[name][torch.randperm(n, generator=generator)[:count]] = True
     return keep

@@ -26,6 +26,14 @@ from secateurs.core.errors import BudgetError, DataError, ModelError, OptionErro
 from secateurs.graph.plan import ModelPlan
 from secateurs.methods.channels.rethinking_value import Protocol
 from secateurs.methods.channels.spa_obspa import Spa
+from secateurs.methods.language.alps import Alps
+from secateurs.methods.language.dsnot import DSnoT
+from secateurs.methods.language.exact_obs import ExactOBS
+from secateurs.methods.language.l_admm import LAdmm
+from secateurs.methods.language.perp import Perp
+from secateurs.methods.language.ria import Ria
+from secateurs.methods.language.sparsegpt import SparseGPT
+from secateurs.methods.language.wanda import Wanda
 from secateurs.methods.parameters import rules_of
 from secateurs.methods.weights.global_magnitude import Global
 from secateurs.methods.weights.gradual_magnitude import Gradual
@@ -33,6 +41,7 @@ from secateurs.methods.weights.granet import Neuroregeneration
 from secateurs.methods.weights.pdp import Differentiable
 from secateurs.methods.weights.pq_index_sap import Sap
 from secateurs.methods.weights.random_pruning import Random
+from secateurs.methods.weights.three_regime import Grid
 from tests.criteria.models import account, unruly
 
 __all__ = ["CASES", "Case", "Check", "batches", "case_of", "checks_of", "small"]
@@ -61,18 +70,31 @@ class Case:
 
 
 CASES = {
+    "alps": Case("sparsity=75%", "macs<=50%", Alps(iterations=30)),
+    "dsnot": Case("sparsity=75%", "macs<=50%", DSnoT()),
+    "exact-obs": Case("sparsity=75%", "macs<=50%", ExactOBS()),
+    "l-admm": Case("sparsity=75%", "macs<=50%", LAdmm()),
+    "ria": Case("sparsity=75%", "macs<=50%", Ria(update="admm")),
+    "sparsegpt": Case("sparsity=75%", "macs<=50%", SparseGPT()),
+    "wanda": Case("sparsity=75%", "macs<=50%", Wanda(update="least-squares")),
     # Floors of 3 weights in both layers; a sparsity of 98% leaves 4.
     "global-magnitude": Case("sparsity=75%", "sparsity=98%", Global(minimum=2)),
     "gradual-magnitude": Case("sparsity=75%", "macs<=50%", Gradual(updates=3)),
     "granet": Case("sparsity=75%", "macs<=50%", Neuroregeneration(updates=6)),
     # The index takes about a tenth in the first round, the second and last one the rest.
     "pq-index-sap": Case("sparsity=75%", "macs<=50%", Sap(rounds=2), trainings=3),
+    "perp": Case("sparsity=50%", "sparsity=99.5%", Perp(rank=4)),
     "pdp": Case("sparsity=50%", "sparsity=95%", Differentiable(granularity="channel", stairs=3)),
     "random-pruning": Case("sparsity=75%", "sparsity=99.5%", Random("erk")),
     "rethinking-value": Case(
         "macs<=50%", "macs<=1%", Protocol(epochs=2, tune_epochs=1, tune_rates=(0.01,), seeds=(0, 1))
     ),
     "spa-obspa": Case("macs<=50%", "macs<=1%", Spa()),
+    "three-regime": Case(
+        "sparsity=75%",
+        "sparsity=75%,macs<=1%",
+        Grid(settings=(1, 2), epochs=2, retrain_epochs=1, copies=2, seeds=(0, 1)),
+    ),
 }
 
 Check = Callable[[Method, Case, Path], None]

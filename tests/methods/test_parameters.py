@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from secateurs.core.allocate import get_allocation
 from secateurs.core.errors import OptionError
-from secateurs.methods.parameters import Between, OneOf, Registered, Rule, Several, check, rules_of
+from secateurs.methods.parameters import Between, OneOf, Registered, Rule, Several, Switch, check, rules_of
 
 RULES: list[tuple[Rule, list[object]]] = [
     (Between(0, 1), [0, 0.5, numpy.float32(0.25)]),
@@ -22,6 +22,7 @@ RULES: list[tuple[Rule, list[object]]] = [
     (Between(1, whole=True), [1, 7, numpy.int64(3)]),
     (OneOf(("a", "b")), ["a", "b"]),
     (Registered(get_allocation), ["erk", "global"]),
+    (Switch(), [True, False]),
     (Several(Between(0, whole=True)), [(0,), (1, 2)]),
 ]
 

@@ -78,3 +78,17 @@ def test_an_error_leaves_the_old_statistics() -> None:
     with pytest.raises(DataError, match=r"empty"):
         recalibrate_batch_norm(model, [])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_by_size_the_mean_is_that_of_the_data_however_it_is_cut() -> None:
+    every = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)) * 4 + 2
+    for sizes in ([20], [7, 7, 6], [16, 4], [9, 9, 2]):
+        norm = nn.BatchNorm1d(3)
+        parts = every.split(sizes)
+        recalibrate_batch_norm(nn.Sequential(norm), parts, by_size=True)
+        torch.testing.assert_close(norm.running_mean, every.mean(0), atol=1e-6, rtol=1e-6)
+        weighted = sum(part.var(0) * len(part) for part in parts) / 20
+        torch.testing.assert_close(norm.running_var, weighted, atol=1e-5, rtol=1e-5)
+        assert (norm.momentum, len(norm._forward_pre_hooks)) == (0.1, 0)
+    pooled = every.var(0)
+    assert not torch.allclose(norm.running_var, pooled, atol=1e-3)

@@ -12,6 +12,8 @@ from secateurs.report import (
     LayerChange,
     Recovery,
     Report,
+    RuntimeLayer,
+    RuntimeSummary,
     Scores,
     Side,
     Speedup,
@@ -76,6 +78,26 @@ groups = st.integers(0, 99).flatmap(
 )
 curves = st.lists(st.tuples(st.floats(0, 1), numbers), max_size=4).map(lambda points: tuple(sorted(points)))
 shares = st.none() | st.floats(0, 2)
+runtimes = st.builds(
+    RuntimeSummary,
+    names,
+    st.dictionaries(names, positive, max_size=3),
+    st.none() | st.tuples(positive, positive, positive),
+    st.none() | st.integers(1, 99),
+    st.lists(
+        st.builds(
+            RuntimeLayer,
+            names,
+            st.sampled_from(["dense", "csr", "bag"]),
+            shapes,
+            st.floats(0, 1),
+            st.none() | positive,
+            st.none() | positive,
+            names,
+        ),
+        max_size=3,
+    ).map(tuple),
+)
 
 
 def reports() -> st.SearchStrategy[Report]:
@@ -99,6 +121,7 @@ def reports() -> st.SearchStrategy[Report]:
         history=st.none()
         | st.builds(Recovery, st.sampled_from(["epoch", "step"]), st.lists(qualities, max_size=3).map(tuple)),
         speedup=st.none() | st.builds(Speedup, positive, positive, positive),
+        runtime=st.none() | runtimes,
         environment=st.dictionaries(names | st.sampled_from(["date", "secateurs"]), values, max_size=3),
         seconds=st.dictionaries(names, st.floats(0, 1e6), max_size=2),
         command=st.none() | names,

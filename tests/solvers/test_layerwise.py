@@ -40,6 +40,11 @@ class Net(nn.Module):
 NAMES = [f"layers.{i}.{name}" for i in range(2) for name in ("q", "k", "out")]
 
 
+def nothing(module: nn.Module) -> tuple[Tensor, float]:
+    """What a solver returns that removes nothing."""
+    return torch.ones_like(module.get_parameter("weight"), dtype=torch.bool), 0.0
+
+
 def hessian(x: Tensor) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).double()
     return 2 * rows.T @ rows / len(rows)
@@ -69,9 +74,10 @@ def test_each_layer_is_solved_on_what_the_setting_says(propagate: str, levels: b
     wanted = expected(model, torch.cat(data), 0.5, propagate, levels)
     seen: dict[str, Tensor] = {}
 
-    def solve(name: str, module: nn.Module, gram: Gram) -> None:
+    def solve(name: str, module: nn.Module, gram: Gram) -> tuple[Tensor, float]:
         seen[name] = gram.hessian[0]
         module.get_parameter("weight").mul_(0.5)
+        return nothing(module)
 
     gathering = Gathering(dtype=torch.float64, propagate=propagate, levels=levels)  # type: ignore[arg-type]
     blocks: list[str] = []
@@ -88,8 +94,9 @@ def test_padding_does_not_count() -> None:
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     seen: dict[str, Tensor] = {}
 
-    def solve(name: str, module: nn.Module, gram: Gram) -> None:
+    def solve(name: str, module: nn.Module, gram: Gram) -> tuple[Tensor, float]:
         seen[name] = gram.hessian[0]
+        return nothing(module)
 
     solve_blocks(model, [{"input_ids": x, "attention_mask": mask}], layers_by_block(model, NAMES), solve, Gathering())
     kept = model.stem(x)[mask.bool()]
@@ -99,7 +106,7 @@ def test_padding_does_not_count() -> None:
 def test_moments_alone_need_no_products() -> None:
     model, x = Net(), torch.randn(5, 4)
 
-    def solve(name: str, module: nn.Module, gram: Gram) -> None:
+    def solve(name: str, module: nn.Module, gram: Gram) -> tuple[Tensor, float]:
         if name == "layers.0.q":
             given = model.stem(x).double()
             torch.testing.assert_close(gram.norm[0], given.square().mean(0).sqrt())
@@ -107,6 +114,7 @@ def test_moments_alone_need_no_products() -> None:
             torch.testing.assert_close(gram.variance[0], given.var(0, correction=0))
         with pytest.raises(Exception, match="no observation"):
             _ = gram.hessian
+        return nothing(module)
 
     solve_blocks(model, [x], layers_by_block(model, NAMES), solve, Gathering(full=False))
 
@@ -122,7 +130,7 @@ def test_a_layer_that_no_token_reaches_stays_with_a_warning() -> None:
     with pytest.warns(UserWarning, match=r"layers.0.q saw no token"):
         solve_blocks(
             model, [torch.randn(2, 4)], {"layers.0": ["layers.0.q", "layers.0.out"]},
-            lambda name, module, gram: solved.append(name), Gathering(),
+            lambda name, module, gram: nothing(module), Gathering(), note=lambda name, *_: solved.append(name),
         )  # fmt: skip
     assert solved == ["layers.0.out"]
 
@@ -137,8 +145,8 @@ def test_a_block_that_was_solved_before_is_only_run() -> None:
         held.append(f"-{name}")
 
     solve_blocks(
-        model, [torch.randn(2, 4)], layers_by_block(model, NAMES), lambda name, module, gram: solved.append(name),
-        Gathering(), hold=hold,
+        model, [torch.randn(2, 4)], layers_by_block(model, NAMES), lambda name, module, gram: nothing(module),
+        Gathering(), note=lambda name, *_: solved.append(name), hold=hold,
     )  # fmt: skip
     assert solved == NAMES[3:]
     assert held == ["+layers.0", "-layers.0", "+layers.1", "-layers.1"]
@@ -149,7 +157,13 @@ def test_what_is_no_number_is_refused_with_the_name_of_the_block() -> None:
     with torch.no_grad():
         model.layers[1].out.weight.fill_(float("inf"))
     with pytest.raises(ModelError, match=r"layers.1 gives NaN or infinite values on batch 0"):
-        solve_blocks(model, [torch.randn(2, 4)], layers_by_block(model, NAMES), lambda *_: None, Gathering())
+        solve_blocks(
+            model,
+            [torch.randn(2, 4)],
+            layers_by_block(model, NAMES),
+            lambda name, module, gram: nothing(module),
+            Gathering(),
+        )
 
 
 def test_layers_outside_blocks_and_of_other_kinds_are_refused() -> None:

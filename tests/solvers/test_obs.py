@@ -12,6 +12,7 @@ from torch import Tensor
 
 from secateurs.core.errors import ModelError, OptionError
 from secateurs.solvers import damped, inverse, quadratic_error, remove_columns, saliency
+from secateurs.solvers.obs import check_layer, factor
 
 PAIR = torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
 
@@ -48,7 +49,8 @@ def test_the_block_step_is_least_squares(seed: int, gone: set[int]) -> None:
     made = remove_columns(weight, hessian, columns, share=0)
     left = hessian[~columns][:, ~columns]
     wanted = torch.linalg.solve(left, (weight @ hessian)[:, ~columns].T).T
-    scale = float(wanted.abs().max()) * max(float(torch.linalg.cond(left)) / 1e6, 1)
+    # The step goes through the inverse of the whole, which may be closer to singular than what is left.
+    scale = float(wanted.abs().max()) * max(float(torch.linalg.cond(hessian)) / 1e6, 1)
     assert float((made[:, ~columns] - wanted).abs().max()) <= 1e-10 * scale
     assert (made[:, columns] == 0).all()
 
@@ -152,6 +154,13 @@ def test_no_input_at_all_is_a_plain_cut() -> None:
     assert torch.equal(made, weight.masked_fill(columns_of(3), 0))
 
 
+def test_the_factor_is_lower_triangular_and_gives_the_damped_hessian() -> None:
+    _, hessian = drawn(8)
+    root = factor(hessian, share=0.1)
+    assert torch.equal(root, root.tril())
+    torch.testing.assert_close(root @ root.T, damped(hessian, 0.1), rtol=1e-12, atol=1e-12)
+
+
 def test_inputs_that_depend_on_one_another_need_damping() -> None:
     hessian = torch.ones(3, 3, dtype=torch.float64)
     with pytest.raises(ModelError, match=r"hessian of block\.fc2 is not positive definite with damping up to 0 \(cond"):
@@ -185,6 +194,17 @@ def test_broken_inputs_are_refused_by_name(value: float) -> None:
     hessian[1, 1] = value
     with pytest.raises(ModelError, match=r"NaN or infinite values among the inputs of fc1: look at the data"):
         remove_columns(torch.ones(2, 7), hessian, columns_of(0), where="fc1")
+
+
+def test_broken_weights_are_refused_by_name() -> None:
+    weight, hessian = drawn(9)
+    check_layer(weight, hessian)
+    for value in (float("nan"), float("inf")):
+        weight[1, 1] = value
+        with pytest.raises(ModelError, match="NaN or infinite values among the weights of fc1: mend the model"):
+            check_layer(weight, hessian, "fc1")
+    with pytest.raises(OptionError, match=r"got \[4, 7\] and \[6, 6\]"):
+        check_layer(weight, hessian[:6, :6])
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import bench, demo, inspect, methods, prune, report, worth
+from . import advise, bench, demo, inspect, methods, prune, report, worth
 from ._options import flat
 
 __all__ = ["app", "main"]
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 for _command in (prune.prune, inspect.inspect, methods.methods, report.report, bench.bench, worth.worth, demo.demo):
     app.command()(flat(_command))
+app.add_typer(advise.advise, name="advise")
 
 
 def _version(asked: bool) -> None:

@@ -1,8 +1,9 @@
 """The allocation rules by name: how large a share of each group stays, or how scores compare across groups.
 
-There are three kinds. A *density* rule says from shapes which share of each group stays (uniform, uniform+, er, erk,
-erk+, given). A *score* rule puts the scores of all groups on one scale (global, lamp). A *count* rule says from a
-group's scores how many of its units it needs (pq-index). None meets a total: that is the work of `allocate`.
+There are three kinds. A *density* rule says which share of each group stays, from shapes (uniform, uniform+, er, erk,
+erk+) or from figures of the caller (given, sigmoid, owl). A *score* rule puts the scores of all groups on one scale
+(global, lamp). A *count* rule says from a group's scores how many of its units it needs (pq-index). None meets a total:
+that is the work of `allocate`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .budget import nearest_sparsity
+from .densities import outlier_densities, sigmoid_densities
 from .errors import BudgetError, OptionError, unknown_name
 from .pq import adaptive_keep
 from .units import normalized
@@ -178,6 +180,20 @@ def _given(shapes: Shapes, density: float, densities: Mapping[str, float]) -> di
     if faults:
         raise OptionError(f"the given densities do not fit the model: {'; '.join(faults)}.")
     return {name: densities[name] for name in shapes}
+
+
+@allocation("sigmoid")
+def _sigmoid(
+    shapes: Shapes, density: float, importance: Mapping[str, float], strength: float = 13.1072
+) -> dict[str, float]:
+    """More for the groups of greater `importance`, a number for each: see `densities.sigmoid_densities`."""
+    return sigmoid_densities(importance, _sizes(shapes), density, strength)
+
+
+@allocation("owl")
+def _owl(shapes: Shapes, density: float, outliers: Mapping[str, float], spread: float = 0.08) -> dict[str, float]:
+    """More for the groups with more `outliers`, a share for each: see `densities.outlier_densities`."""
+    return outlier_densities(outliers, _sizes(shapes), density, spread)
 
 
 @allocation("global", kind="scores")

@@ -93,6 +93,7 @@ class ChannelGroup:
 
     Args:
         multiple: the number of units kept must be one of this, since a kernel of the model runs at no other.
+        least: fewest units that may stay, such as the experts that each token is sent to.
     """
 
     name: str
@@ -100,6 +101,7 @@ class ChannelGroup:
     kind: str
     members: tuple[Member, ...]
     multiple: int = 1
+    least: int = 1
 
     @property
     def tensors(self) -> tuple[str, ...]:

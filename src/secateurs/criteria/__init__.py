@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from . import activation, block_influence, curvature, flow, gradient, magnitude, norm_layer, random  # noqa: F401
+from . import (  # noqa: F401
+    activation,
+    block_influence,
+    curvature,
+    flow,
+    fluctuation,
+    gradient,
+    magnitude,
+    neurons,
+    norm_layer,
+    random,
+)
 from .evidence import Moments, gradients, observe, observing
 from .face import score
 from .lifting import Lift

@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.errors import OptionError
+from ..solvers.gram import from_matrix, to_matrix
+from ..solvers.scores import relative_importance
 from .evidence import Moments, Visitor, observe, values
 from .layers import column_energy, layers, out_axis, output_rows, sees_input
 from .lifting import Lift, owner, resolve
 from .registry import criterion
 
-__all__ = ["activation_norm", "activation_variance", "input_norms", "output_moments", "wanda"]
+__all__ = ["activation_norm", "activation_variance", "input_norms", "output_moments", "ria", "wanda"]
 
 # Outputs belong to the axis that makes them, so which members and tensors count is no option.
 _PRODUCERS: dict[str, Any] = {
@@ -40,6 +43,29 @@ def wanda(model: nn.Module, names: Sequence[str], *, data: Sequence[Any], seed: 
     """
     norms = input_norms(model, names, data, seed=seed)
     return {n: w.abs() * norms[n].to(w) for n, w in values(model, tuple(norms)).items()}
+
+
+@criterion("ria", needs=("data",), paper="Zhang et al. 2024, ICLR, Plug-and-Play, equation 4")
+def ria(
+    model: nn.Module, names: Sequence[str], *, power: float = 0.5, data: Sequence[Any], seed: int
+) -> dict[str, Tensor]:
+    """(|w_ij|/Σ_i|w_ij| + |w_ij|/Σ_j|w_ij|)·||x_j||_2^power: the share of a weight in its column and in its row.
+
+    No channel is then lost as a whole because all its weights are small. Layers as for `wanda`; each group of a
+    convolution is a matrix of its own.
+
+    Args:
+        model, names, data, seed: see `input_norms`.
+        power: of the norm of the input, a; 0.5 as in the paper. 0 is the relative importance alone.
+
+    Raises:
+        OptionError: a negative power.
+    """
+    if not 0 <= power < float("inf"):
+        raise OptionError(f"power must be at least 0, got {power}.")
+    norms = input_norms(model, names, data, seed=seed)
+    found = values(model, tuple(norms))
+    return {n: _relative(owner(model, n), w) * norms[n].pow(power).to(w) for n, w in found.items()}
 
 
 @criterion("activation-norm", finish=torch.sqrt, paper="cf. Hu et al. 2016, arXiv 1607.03250", **_PRODUCERS)
@@ -107,6 +133,13 @@ def output_moments(model: nn.Module, names: Sequence[str], data: Sequence[Any], 
 
     observe(model, data, {_module(n): visitor(n) for n in known}, seed=seed)
     return {n: moments[n] for n in known}
+
+
+def _relative(module: nn.Module, weight: Tensor) -> Tensor:
+    """Each magnitude as a share of its column's sum plus a share of its row's, in the weight's shape; 0 for 0."""
+    matrices = to_matrix(module, weight)
+    parts = [relative_importance(part, torch.ones(part.shape[1]), power=0) for part in matrices]
+    return from_matrix(module, torch.stack(parts), weight.shape).to(weight)
 
 
 def _module(name: str) -> str:

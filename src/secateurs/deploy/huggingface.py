@@ -74,6 +74,11 @@ def _expressed(model: Any, *, strictly: bool) -> Any:
     left = found.left.items()
     wrong = [name for name, (made, has) in left if strictly or name in shapes or None in (made, has)]
     if wrong:
+        if found.left[wrong[0]][0] is None:
+            raise ModelError(
+                f"the config of {type(model).__qualname__} makes no {wrong[0]!r}, and nothing in it can: save it with "
+                "save_model."
+            )
         made, has = (list(side) if isinstance(side, tuple) else side for side in found.left[wrong[0]])
         raise ModelError(
             f"the config of {type(model).__qualname__} makes {wrong[0]!r} {made}, but it is {has}, and no one number "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from ..core.errors import MissingExtraError, ModelError, OptionError
 from ..core.folder import replace_file
 from .agreement import agree_on, arguments, exported, exporting
 
-__all__ = ["export_onnx", "verify_onnx"]
+__all__ = ["OnnxSession", "export_onnx", "onnx_session", "verify_onnx"]
 
 # A protobuf file ends at 2 GiB; weights beyond that go into a second file beside it.
 _ONE_FILE = 1_900_000_000
@@ -89,20 +90,50 @@ def verify_onnx(
         ModelError: onnxruntime does not run the file.
         ProofError: the file and the model disagree.
     """
-    runtime = _package("onnxruntime")
-    options = runtime.SessionOptions()
-    # Its warnings are about the file's history, which is not the caller's business.
-    options.log_severity_level = 3
+    _package("onnxruntime")
 
     def run(inputs: Any) -> list[Tensor]:
         try:
-            session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-            return _run(session, inputs)
+            return _run(_session(path), inputs)
         except Exception as error:
             raise ModelError(f"onnxruntime cannot run {Path(path).name}: {error}") from error
 
     with exporting(model):
         agree_on(model, run, example_inputs, dynamic_batch, "the ONNX file", tolerance)
+
+
+class OnnxSession(nn.Module):
+    """A file in onnxruntime on the CPU, called as the model that it was made of; see `onnx_session`."""
+
+    def __init__(self, session: Any) -> None:
+        super().__init__()
+        self.session = session
+
+    def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        """The outputs, on the CPU."""
+        return _run(self.session, kwargs or args)
+
+
+def onnx_session(model: nn.Module, example_inputs: Any, *, threads: int | None = None) -> OnnxSession:
+    """The model as onnxruntime runs it on the CPU, exported and checked, to time it beside the model; no file stays.
+
+    Args:
+        model, example_inputs: as in `export_onnx`, whose errors these are.
+        threads: CPU threads within an op; default: as many as PyTorch uses now.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = export_onnx(model, example_inputs, Path(folder) / "model.onnx")
+        return OnnxSession(_session(path, threads or torch.get_num_threads()))
+
+
+def _session(path: str | Path, threads: int = 0) -> Any:
+    """The file in onnxruntime; with 0 threads it takes as many as there are cores."""
+    runtime = _package("onnxruntime")
+    options = runtime.SessionOptions()
+    # Its warnings are about the file's history, which is not the caller's business.
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def _needed(check: bool) -> None:

@@ -2,7 +2,9 @@
 
 A layer norm over a width whose removed entries are zero still counts them in its mean. So while the masked original
 runs, each op for which the trace found such a difference is given only the entries that stay, and what it returns is
-put back among zeros. Everything else is the original code at its original sizes.
+put back among zeros. Everything else is the original code at its original sizes. So a router's softmax and top-k see
+only the experts that stay, as if the logits of the others were minus infinity; the positions they return are those of
+the original.
 """
 
 from __future__ import annotations
@@ -70,11 +72,14 @@ class _OnKept(TorchDispatchMode):
 
     def _on_kept(self, func: Any, arguments: dict[str, Any], op: Doubted) -> Any:
         inputs, outputs = iter(op.inputs), iter(op.outputs)
+        axes = iter(op.into or [None] * len(op.outputs))
 
         def smaller(tensor: Tensor) -> Tensor:
             return taken(tensor, [kept(dim, self._keep) for dim in next(inputs)])
 
         def larger(tensor: Tensor) -> Tensor:
+            if (axis := next(axes)) is not None:
+                tensor = kept(axis, self._keep).nonzero().flatten().to(tensor.device)[tensor]
             return _put(tensor, [kept(dim, self._keep) for dim in next(outputs)])
 
         less = {name: tree_map_only(Tensor, smaller, value) for name, value in arguments.items()}

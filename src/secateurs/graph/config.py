@@ -8,7 +8,6 @@ together, as heads and key-value heads do, are tried in pairs.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,40 +15,26 @@ from fractions import Fraction
 from itertools import combinations
 from typing import Any
 
-import torch
 from torch import nn
+
+from .building import (
+    Built,
+    Change,
+    Field,
+    Number,
+    build,
+    built,
+    changed,
+    fields,
+    set_attribute,
+    set_field,
+    switches,
+)
 
 # After so many tries a search ends with what it has; what can be found has been, in all families tried, after half.
 _MOST = 250
 
-__all__ = ["Built", "Fit", "fit", "mend_config"]
-
-Number = int | float | tuple[int, ...]
-_Field = tuple[str | int, ...]
-_Change = tuple[_Field, int | float]
-
-
-@dataclass(frozen=True)
-class Built:
-    """What a model has in numbers.
-
-    Args:
-        shapes: of its parameters and of the buffers that are saved, by name.
-        numbers: integers, fractions and tuples of integers that its modules hold, by `path.attribute`.
-    """
-
-    shapes: Mapping[str, tuple[int, ...]]
-    numbers: Mapping[str, Number]
-
-    def unlike(self, other: Built) -> dict[str, tuple[Any, Any]]:
-        """What differs, as (here, there), shapes first; None for what is absent."""
-        sides = ((self.shapes, other.shapes), (self.numbers, other.numbers))
-        return {
-            name: (ours.get(name), theirs.get(name))
-            for ours, theirs in sides
-            for name in dict.fromkeys((*theirs, *ours))
-            if ours.get(name) != theirs.get(name)
-        }
+__all__ = ["Fit", "fit", "mend_config"]
 
 
 @dataclass(frozen=True)
@@ -58,14 +43,14 @@ class Fit:
 
     Args:
         config: a copy; the model's own is not changed.
-        changes: of the fields whose number is another one, the old and the new number.
+        changes: of the fields whose number or flag is another one, the old and the new one.
         left: what the config makes otherwise than the model has it, as (made, has), shapes first; None if the class
             cannot be built from a config.
         bent: of these the integers that the config changes and the cut did not: nothing needed them.
     """
 
     config: Any
-    changes: Mapping[_Field, tuple[Any, Any]]
+    changes: Mapping[Field, tuple[Any, Any]]
     left: Mapping[str, tuple[Any, Any]] | None
     bent: frozenset[str] = frozenset()
 
@@ -87,8 +72,9 @@ def fit(model: nn.Module, *, agreed: bool = False) -> Fit:
 def mend_config(model: nn.Module) -> Callable[[], None] | None:
     """A function that undoes what was mended, in place; None if nothing was.
 
-    Mended are the fields of the model's config that one number fits in all layers, and integers of modules that
-    follow from those alone and that no forward pass needed so far, such as queries per key in a model of one key.
+    Mended are the fields of the model's config that one number fits in all layers, flags about biases that the model
+    has got, and integers of modules that follow from those alone and that no forward pass needed so far, such as
+    queries per key in a model of one key.
     """
     if not hasattr(getattr(model, "config", None), "to_dict"):
         return None
@@ -96,7 +82,8 @@ def mend_config(model: nn.Module) -> Callable[[], None] | None:
     if not found.changes:
         return None
     changes = found.changes.items()
-    undo = [_set_field(c, f, new) for c in _configs(model) for f, (old, new) in changes if _fields(c).get(f) == old]
+    held = [(config, fields(config) | switches(config)) for config in _configs(model)]
+    undo = [set_field(c, f, new) for c, known in held for f, (old, new) in changes if known.get(f) == old]
     undo += _follow(model, found)
 
     def put_back() -> None:
@@ -124,97 +111,8 @@ def _follow(model: nn.Module, found: Fit) -> list[Callable[[], None]]:
     for name, (made, has) in left.items():
         path, _, attribute = name.rpartition(".")
         if name in found.bent or (whole and type(made) is type(has) is int):
-            undo.append(_set(model.get_submodule(path), attribute, made))
+            undo.append(set_attribute(model.get_submodule(path), attribute, made))
     return undo
-
-
-def _set(holder: Any, name: str, value: Any) -> Callable[[], None]:
-    had, old = name in vars(holder), getattr(holder, name, None)
-    setattr(holder, name, value)
-    return lambda: setattr(holder, name, old) if had else delattr(holder, name)
-
-
-# -- what a model has --------------------------------------------------------------------------------------------------
-
-
-def built(model: nn.Module) -> Built:
-    """What the model has in numbers."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    numbers: dict[str, Number] = {}
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            number = None if name.startswith("_") else _number(value)
-            if number is not None:
-                numbers[f"{path}.{name}" if path else name] = number
-    return Built(shapes, numbers)
-
-
-def _number(value: Any) -> Number | None:
-    if type(value) in (int, float):
-        return value  # type: ignore[no-any-return]  # narrowed by the test of its type
-    if isinstance(value, (tuple, list)) and value and all(type(v) is int for v in value):
-        return tuple(value)
-    return None
-
-
-def _build(kind: type[nn.Module], config: Any) -> Built | None:
-    """What the class makes of a config, on the meta device; None if it refuses."""
-    try:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]), _uninitialised():
-            return built(kind(copy.deepcopy(config)))
-    except Exception:  # noqa: BLE001  (a library's constructor may raise anything at a number that does not fit)
-        return None
-
-
-def _uninitialised() -> contextlib.AbstractContextManager[Any]:
-    """Spares drawing random weights for a model that has only shapes."""
-    try:
-        from transformers.initialization import no_init_weights
-    except ImportError:
-        return contextlib.nullcontext()
-    return no_init_weights()
-
-
-# -- the fields of a config --------------------------------------------------------------------------------------------
-
-
-def _fields(config: Any, around: _Field = ()) -> dict[_Field, Any]:
-    """The numbers in a config, its lists and its sub-configs, by where they are."""
-    found: dict[_Field, Any] = {}
-    for name, value in vars(config).items():
-        here = (*around, name)
-        if name.startswith("_"):
-            continue
-        if hasattr(value, "to_dict"):
-            found |= _fields(value, here)
-        elif isinstance(value, (list, tuple)):
-            found |= {(*here, i): v for i, v in enumerate(value) if type(v) in (int, float)}
-        elif type(value) in (int, float):
-            found[here] = value
-    return found
-
-
-def _set_field(config: Any, field: _Field, value: Any) -> Callable[[], None]:
-    """Changes a number of the config in place; gives the way back."""
-    names = [name for name in field if isinstance(name, str)]
-    for name in names[:-1]:
-        config = getattr(config, name)
-    if isinstance(field[-1], str):
-        return _set(config, names[-1], value)
-    values = list(getattr(config, names[-1]))
-    values[field[-1]] = value
-    return _set(config, names[-1], type(getattr(config, names[-1]))(values))
-
-
-def _changed(config: Any, changes: Sequence[_Change]) -> Any | None:
-    """A copy of the config with other numbers; None if it refuses them."""
-    other = copy.deepcopy(config)
-    try:
-        for field, value in changes:
-            _set_field(other, field, value)
-    except Exception:  # noqa: BLE001  (a config may check itself, and raise anything)
-        return None
-    return other
 
 
 # -- the search --------------------------------------------------------------------------------------------------------
@@ -240,11 +138,27 @@ class _Search:
 
     def __init__(self, model: nn.Module) -> None:
         self._kind = type(model)
-        self._config = copy.deepcopy(model.config)
+        self._given = copy.deepcopy(model.config)
         self._own = built(model)
-        self._idle: set[_Field] = set()
+        self._idle: set[Field] = set()
         self._tries = 0
-        self.first = _build(self._kind, self._config)
+        self._config, self.first = self._switched(self._given, build(self._kind, self._given))
+
+    def _switched(self, config: Any, made: Built | None) -> tuple[Any, Built | None]:
+        """The config with those flags turned by which its class makes biases that the model has, and no others."""
+        missing = self._own.shapes.keys() - made.shapes.keys() if made is not None else set()
+        if not any(name.endswith("bias") for name in missing):
+            return config, made
+        for field, value in switches(config).items():
+            other = changed(config, [(field, not value)])
+            found = None if other is None else build(self._kind, other)
+            if (
+                made is not None
+                and found is not None
+                and made.shapes.keys() < found.shapes.keys() <= self._own.shapes.keys()
+            ):
+                config, made = other, found
+        return config, made
 
     def run(self) -> _Trial:
         """The nearest that was found."""
@@ -258,10 +172,10 @@ class _Search:
             now = better
         return self._without_idle(now) if spelt else now
 
-    def changes(self, found: _Trial) -> dict[_Field, tuple[Any, Any]]:
-        """Of the fields whose number is another one, the old and the new number."""
-        before = _fields(self._config)
-        return {f: (before.get(f), new) for f, new in _fields(found.config).items() if before.get(f) != new}
+    def changes(self, found: _Trial) -> dict[Field, tuple[Any, Any]]:
+        """Of the fields whose number or flag is another one, the old and the new one."""
+        before, after = (fields(config) | switches(config) for config in (self._given, found.config))
+        return {f: (before.get(f), new) for f, new in after.items() if before.get(f) != new}
 
     def agreed(self, found: _Trial) -> _Trial:
         """Without the changes of numbers of which something is made that the model has otherwise.
@@ -279,12 +193,12 @@ class _Search:
         disputed = (found.wrong | found.bent) & _touched(found.built, self.first)
         return self._judged(self._config, self.first) if disputed else found
 
-    def _without(self, found: _Trial, fields: Sequence[_Field]) -> _Trial | None:
-        kept = [(field, new) for field, (_, new) in self.changes(found).items() if field not in fields]
-        return self._trial(_changed(self._config, kept))
+    def _without(self, found: _Trial, without: Sequence[Field]) -> _Trial | None:
+        kept = [(field, new) for field, (_, new) in self.changes(found).items() if field not in without]
+        return self._trial(changed(self._given, kept))
 
     def _trial(self, config: Any | None) -> _Trial | None:
-        made = None if config is None else _build(self._kind, config)
+        made = None if config is None else build(self._kind, config)
         return None if made is None else self._judged(config, made)
 
     def _judged(self, config: Any, made: Built) -> _Trial:
@@ -311,32 +225,32 @@ class _Search:
             return found
         return _best(now, self._tried_together(now, combinations(related, 3)), bending=True)
 
-    def _tried_together(self, now: _Trial, several: Iterable[tuple[_Change, ...]]) -> list[_Trial]:
+    def _tried_together(self, now: _Trial, several: Iterable[tuple[Change, ...]]) -> list[_Trial]:
         return [t for some in several if _alike(some, now.config) and (t := self._tried(now, some))]
 
-    def _more(self, now: _Trial, changes: Sequence[_Change]) -> _Trial:
+    def _more(self, now: _Trial, changes: Sequence[Change]) -> _Trial:
         """After one step those others that help still, without asking again which is best."""
         for change in changes:
             found = self._tried(now, [change])
             now = (found and _best(now, [found], bending=False)) or now
         return now
 
-    def _tried(self, now: _Trial, changes: Sequence[_Change]) -> _Trial | None:
+    def _tried(self, now: _Trial, changes: Sequence[Change]) -> _Trial | None:
         self._tries += 1
-        found = self._trial(_changed(now.config, changes)) if self._tries <= _MOST else None
+        found = self._trial(changed(now.config, changes)) if self._tries <= _MOST else None
         if found is not None and len(changes) == 1 and found.built == now.built:
             self._idle.add(changes[0][0])
         return found
 
-    def _candidates(self, now: _Trial) -> list[_Change]:
+    def _candidates(self, now: _Trial) -> list[Change]:
         """Fields with a number that one of the sizes that are wrong may be made of, changed in the same proportion."""
         unlike = now.built.unlike(self._own)
         steps = _steps(unlike)
         # What a number is divided by grows where the quotient shrinks.
         steps += [(new, old) for old, new in _steps({name: unlike[name] for name in now.bent})]
         sizes = {n for shape in now.built.shapes.values() for n in shape}
-        out: dict[_Change, None] = {}
-        for field, value in _fields(now.config).items():
+        out: dict[Change, None] = {}
+        for field, value in fields(now.config).items():
             if field in self._idle:
                 continue
             if type(value) is int and value > 1:
@@ -352,14 +266,14 @@ class _Search:
             agreed.setdefault(name.rpartition(".")[2], set()).add(value)
         given = {n: v.pop() for n, v in agreed.items() if len(v) == 1 and getattr(now.config, n, None) is None}
         numbers = [((name,), value) for name, value in given.items() if type(value) is int]
-        found = self._trial(_changed(now.config, numbers))
+        found = self._trial(changed(now.config, numbers))
         return found if found is not None and found.built == now.built else None
 
     def _without_idle(self, now: _Trial) -> _Trial:
         """Without the numbers that were given and do nothing."""
         given = [field for field, (old, _) in self.changes(now).items() if old is None]
-        for fields in (given, *([field] for field in given)):
-            found = self._without(now, fields)
+        for some in (given, *([field] for field in given)):
+            found = self._without(now, some)
             now = found if found is not None and found.built == now.built else now
         return now
 
@@ -388,15 +302,15 @@ def _steps(unlike: Mapping[str, tuple[Any, Any]]) -> list[tuple[int, int]]:
     return list(found)
 
 
-def _pairs(related: Sequence[_Change], live: Sequence[_Change]) -> list[tuple[_Change, ...]]:
+def _pairs(related: Sequence[Change], live: Sequence[Change]) -> list[tuple[Change, ...]]:
     """Pairs of changes of which one at least is related to what is wrong."""
     return [pair for pair in combinations(live, 2) if pair[0] in related or pair[1] in related]
 
 
-def _alike(changes: Sequence[_Change], config: Any) -> bool:
+def _alike(changes: Sequence[Change], config: Any) -> bool:
     """Whether the changes are of different fields and in one proportion."""
-    fields = _fields(config)
-    alike = {Fraction(new) / Fraction(fields[field]) for field, new in changes}
+    before = fields(config)
+    alike = {Fraction(new) / Fraction(before[field]) for field, new in changes}
     return len(alike) == 1 and len({field for field, _ in changes}) == len(changes)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from .twin import named_tensors, twin
 
 __all__ = ["DEFAULT_KINDS", "KINDS", "infer"]
 
-KINDS = ("channel", "head", "head-size")
+KINDS = ("channel", "head", "head-size", "expert")
 DEFAULT_KINDS = ("channel", "head")
 # With less than this share of the parameters along neutral widths, the others are offered, too.
 _ENOUGH = 0.4
@@ -42,7 +43,7 @@ def infer(
     Args:
         model: any module whose forward runs on the example inputs.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keywords.
-        kinds: which units to offer: "channel", "head", "head-size".
+        kinds: which units to offer: "channel", "head", "head-size", "expert".
         entangled: also offer widths whose removal differs from zeroing, such as one a layer norm runs over. Default:
             only where the other widths make up less than two fifths of the parameters.
         record: where Python code stands in the way, find out whether more can go with a recording of it, which the cut
@@ -125,6 +126,7 @@ def _freeze_deselected(trace: Trace, kind_of: Mapping[str, str], kinds: frozense
             solver.freeze(atom, f"a {kind} unit, and only {', '.join(sorted(kinds))} were asked for")
         elif atom.name in tangled and not entangled:
             solver.freeze(atom, f"removing differs from zeroing: {tangled[atom.name]}")
+    _freeze_blocks(trace)
     copies = {a.name for dim in trace.repeats for a in atoms(solver.resolve(dim))}
     for kind_ in trace.params.values():
         for dim in kind_.dims:
@@ -139,6 +141,25 @@ def _freeze_repeats(trace: Trace, dim: Dim, copies: set[str]) -> None:
         if live.keys() - copies:
             for name in live.keys() & copies:
                 trace.solver.freeze(live[name], "how often each unit of its axis is repeated")
+
+
+def _freeze_blocks(trace: Trace) -> None:
+    """Where experts are chosen by the group, each group loses as many as the others, and no group goes as a whole.
+
+    Before that, notes how many of an axis must stay, so that as many can be chosen as the model does.
+    """
+    chosen = [(trace.solver.resolve(dim), count) for dim, count in trace.chosen]
+    picked = {dim.name: count for dim, count in chosen if isinstance(dim, Atom)}
+    # What chooses one after the other chooses as many.
+    single = Counter(dim for dim, count in chosen if count == 1)
+    chosen += single.items()
+    for dim, count in chosen:
+        for atom in atoms(dim):
+            enough = (n for n in range(1, atom.n) if size(dim, {**picked, atom.name: n}) >= count)
+            trace.least.append((atom, next(enough, atom.n)))
+    for dim, _ in chosen:
+        for group in list(atoms(dim))[:-1] if isinstance(dim, Product) else ():
+            trace.solver.freeze(group, "a group of experts, of which all groups have as many")
 
 
 def _freeze_squares(trace: Trace, dim: Dim) -> None:
@@ -158,7 +179,10 @@ def _freeze_squares(trace: Trace, dim: Dim) -> None:
 
 
 def _kinds(trace: Trace) -> dict[str, str]:
-    """Heads are what attention batches over; head sizes are what it contracts or passes within one of several heads."""
+    """Heads are what attention batches over; head sizes are what it contracts or passes within one of several heads.
+
+    Experts are what positions are chosen from.
+    """
     heads: dict[str, str] = {}
     sizes: dict[str, str] = {}
     for batch, others in trace.heads:
@@ -166,7 +190,8 @@ def _kinds(trace: Trace) -> dict[str, str]:
         heads.update(dict.fromkeys(found, "head"))
         for dim in others if found else ():
             sizes.update((a.name, "head-size") for a in atoms(trace.solver.resolve(dim)))
-    return sizes | heads
+    experts = {a.name: "expert" for dim, _ in trace.chosen for a in atoms(trace.solver.resolve(dim))}
+    return sizes | heads | experts
 
 
 def _reify(model: nn.Module, trace: Trace, kind_of: Mapping[str, str]) -> Structure:
@@ -191,9 +216,9 @@ def _reify(model: nn.Module, trace: Trace, kind_of: Mapping[str, str]) -> Struct
         return substitute(solver.resolve(dim), public)
 
     tensors = {name: tuple(rename(d) for d in kind.dims) for name, kind in trace.params.items()}
-    wanted = trace.multiples()
+    wanted, least = trace.multiples(), trace.fewest()
     groups = tuple(
-        ChannelGroup(names[a], size_, kind_of.get(a, "channel"), members, wanted.get(a, 1))
+        ChannelGroup(names[a], size_, kind_of.get(a, "channel"), members, wanted.get(a, 1), least.get(a, 1))
         for a, size_, members in _members(tensors, trace, {public: a for a, public in names.items()})
     )
     live = {g.name for g in groups}

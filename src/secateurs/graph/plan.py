@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ..core.errors import FileError, PlanError, ProofError
 from ..core.plan import Plan, Recipe, pack, unpack
 from ..core.state import read_state, write_state
 from ..core.units import Group, WeightGroup
+from .biases import with_biases
 from .compact import on_kept
 from .config import mend_config
 from .cut import check_fits, cut, element_masks, mask, prove
@@ -65,7 +66,8 @@ class ModelPlan(Plan):
 
     def masks(self, model: nn.Module) -> dict[str, Tensor]:
         """For each parameter that is touched, the bool mask of the entries that stay, in its shape."""
-        return element_masks(self.groups, self.keep, {n: p.shape for n, p in model.named_parameters()})
+        groups = self.suited(model).groups
+        return element_masks(groups, self.keep, {n: p.shape for n, p in model.named_parameters()})
 
     def mask(self, model: nn.Module) -> nn.Module:
         """A copy of `model` in which everything that goes is zero; it is neither smaller nor faster.
@@ -78,7 +80,7 @@ class ModelPlan(Plan):
         self.check(model)
         if isinstance(self.structure, LayerStructure):
             return skipped(model, self.structure, self.keep)
-        return mask(model, self.groups, self.keep)
+        return mask(model, self.suited(model).groups, self.keep)
 
     def cut(self, model: nn.Module) -> nn.Module:
         """A smaller copy of `model`, proven equal to `mask(model)` on the example inputs.
@@ -97,12 +99,14 @@ class ModelPlan(Plan):
                 f"{self.recipe.granularity} units are entries of a tensor and cannot be cut out of it; "
                 "use plan.mask(model), or granularity='channel' for a smaller model."
             )
-        smaller = cut(model, self.structure, self.keep)
-        if isinstance(self.structure, LayerStructure):
-            masked, original = self.mask(model), original_paths(model, self.structure.gone(self.keep))
+        structure = self.suited(model).structure
+        assert structure is not None
+        smaller = cut(model, structure, self.keep)
+        masked = self.mask(model)
+        if isinstance(structure, LayerStructure):
+            original = original_paths(model, structure.gone(self.keep))
             return smaller, prove(masked, smaller, self.example_inputs, original=original)
-        masked = mask(model, self.groups, self.keep)
-        proof = partial(prove, masked, smaller, self.example_inputs, on_kept(self.structure, self.keep))
+        proof = partial(prove, masked, smaller, self.example_inputs, on_kept(structure, self.keep))
         undo = mend_config(smaller)
         try:
             return smaller, proof()
@@ -122,12 +126,20 @@ class ModelPlan(Plan):
         Raises:
             PlanError: says which tensor differs.
         """
-        if self.structure is not None:
-            check_fits(model, self.structure)
+        structure = self.suited(model).structure
+        if structure is not None:
+            check_fits(model, structure)
         elif fingerprint(model) != self.fingerprint:
             _name_difference(model, self.groups)
         if values and digest(model) != self.digest:
             raise PlanError("this plan was made from other weights of the same shapes.")
+
+    def suited(self, model: nn.Module) -> ModelPlan:
+        """The plan for a model that has got biases since it was planned (see `biases`); for any other, this one."""
+        if not isinstance(self.structure, Structure):
+            return self
+        structure = with_biases(self.structure, model)
+        return replace(self, structure=structure, groups=structure.groups, costs=structure.costs)
 
     def save(self, path: str | Path) -> Path:
         """The path of the file written: one safetensors file, masks packed to bits, the rest as JSON in its header."""

@@ -52,7 +52,7 @@ def rehearse(model: nn.Module, example_inputs: Any, traces: Sequence[Trace]) -> 
         return [(trace, misses) for trace, misses in found if misses]
 
     for trace in traces:
-        edits.update(_head_counts(model, trace))
+        edits.update(_head_counts(model, trace) | _expert_counts(model, trace))
     for _ in range(_ROUNDS):
         if not (found := run()):
             _drop_idle(edits, tried, run)
@@ -365,6 +365,19 @@ def _head_counts(model: nn.Module, trace: Trace) -> dict[str, Dim]:
             for holder in _chain(record.module)[:2]:
                 for name in matching_attributes(model.get_submodule(holder), size(dim)):
                     if "head" in name and "dim" not in name and "size" not in name:
+                        edits[f"{holder}.{name}" if holder else name] = dim
+    return edits
+
+
+def _expert_counts(model: nn.Module, trace: Trace) -> dict[str, Dim]:
+    """Attributes called like the number of experts, beside tensors of as many, that equal it: they must not lie."""
+    chosen = {trace.solver.resolve(dim) for dim, _ in trace.chosen}
+    edits: dict[str, Dim] = {}
+    for tensor, kind in trace.params.items():
+        for dim in (trace.solver.resolve(d) for d in kind.dims):
+            for holder in _chain(tensor.rpartition(".")[0])[:2] if dim in chosen and any(True for _ in atoms(dim)) else ():
+                for name in matching_attributes(model.get_submodule(holder), size(dim)):
+                    if "expert" in name and not any(word in name for word in ("tok", "top", "shared", "active")):
                         edits[f"{holder}.{name}" if holder else name] = dim
     return edits
 

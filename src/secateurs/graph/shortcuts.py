@@ -53,6 +53,12 @@ def _layer_normed(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: 
     return _made(x, x.shape), _made(x, lead), _made(x, lead)
 
 
+def _grouped(x: Tensor, y: Tensor, offs: Tensor | None = None, *_others: Any) -> Tensor | None:
+    fits = x.dim() == 2 and y.dim() == 3 and x.shape[1] == y.shape[1] and x.dtype == y.dtype
+    ends = offs is not None and offs.shape == y.shape[:1]
+    return _made(x, (x.shape[0], y.shape[2])) if fits and ends else None
+
+
 def _joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
     first = tensors[0]
     axis = dim % max(first.dim(), 1)
@@ -69,6 +75,8 @@ _SHORTCUTS: dict[str, Callable[..., Any]] = {
     "mm": _product,
     "addmm": _product_plus,
     "cat": _joined,
+    # Its own refuses all but bfloat16 here, where kernels take more.
+    "_grouped_mm": _grouped,
     "native_batch_norm": _batch_normed,
     "native_layer_norm": _layer_normed,
 }

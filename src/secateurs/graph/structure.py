@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -160,26 +160,34 @@ def substituted(costs: CostModel, known: Mapping[str, Dim]) -> CostModel:
 
 def _doubted_to_list(op: Doubted) -> list[Any]:
     sides = [[[str(dim) for dim in dims] for dims in side] for side in (op.inputs, op.outputs)]
-    return [op.module, op.name, op.nth, *sides]
+    into = [[None if dim is None else str(dim) for dim in op.into]] if op.into else []
+    return [op.module, op.name, op.nth, *sides, *into]
 
 
 def _doubted_from_list(data: Sequence[Any], sizes: Mapping[str, int]) -> Doubted:
-    module, name, nth, *sides = data
-    return Doubted(module, name, nth, *(tuple(tuple(parse(d, sizes) for d in dims) for dims in s) for s in sides))
+    module, name, nth, inputs, outputs, *more = data
+    sides = [tuple(tuple(parse(d, sizes) for d in dims) for dims in side) for side in (inputs, outputs)]
+    into = tuple(None if d is None else parse(d, sizes) for d in (more[0] if more else ()))
+    return Doubted(module, name, nth, *sides, into)
 
 
 def _group_to_dict(group: ChannelGroup) -> dict[str, Any]:
     members = [[m.tensor, m.axis, str(m.dim), m.rank, m.role] for m in group.members]
     data = {"name": group.name, "size": group.size, "kind": group.kind, "members": members}
-    return data if group.multiple == 1 else {**data, "multiple": group.multiple}
+    given = {"multiple": group.multiple, "least": group.least}
+    return data | {key: number for key, number in given.items() if number != 1}
 
 
 def _group_from_dict(data: Mapping[str, Any], sizes: Mapping[str, int]) -> ChannelGroup:
     members = tuple(Member(t, a, parse(d, sizes), rank, role) for t, a, d, rank, role in data["members"])
-    return ChannelGroup(data["name"], data["size"], data["kind"], members, data.get("multiple", 1))
+    return ChannelGroup(data["name"], data["size"], data["kind"], members, data.get("multiple", 1), data.get("least", 1))
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A digest of the names and shapes of a model's parameters and buffers: equal for models a plan fits."""
-    text = ";".join(sorted(f"{name}{tuple(t.shape)}" for name, t in named_tensors(model)))
+def fingerprint(model: nn.Module, without: Container[str] = ()) -> str:
+    """A digest of the names and shapes of a model's parameters and buffers: equal for models a plan fits.
+
+    Args:
+        without: names of those that are left out.
+    """
+    text = ";".join(sorted(f"{name}{tuple(t.shape)}" for name, t in named_tensors(model) if name not in without))
     return hashlib.sha256(text.encode()).hexdigest()

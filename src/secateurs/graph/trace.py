@@ -24,6 +24,8 @@ from .solver import Solver
 __all__ = [
     "ALWAYS",
     "DECISIVE",
+    "MOVES",
+    "POINTS",
     "RULES",
     "UNRECORDED",
     "Call",
@@ -50,12 +52,14 @@ class Type:
         zero: whether entries of removed units are exactly zero once the parameters that carry them are zeroed.
         param: qualified name if the tensor is a parameter or buffer, or a transposed or sliced view of one.
         axes: for such a view, which axes of the parameter each of its axes runs over.
+        into: where its values are positions that were chosen along an axis, that axis; none is ever a removed one.
     """
 
     dims: tuple[Dim, ...]
     zero: bool = False
     param: str | None = None
     axes: tuple[tuple[int, ...], ...] = ()
+    into: Dim | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,7 @@ class Doubted:
     Args:
         module, name, nth: the caller, the op, and which of the caller's calls of it.
         inputs, outputs: the types of its tensors, in the order of its arguments and results.
+        into: for each result that holds positions the axis they are positions in, None for the others.
     """
 
     module: str
@@ -117,6 +122,7 @@ class Doubted:
     nth: int
     inputs: tuple[tuple[Dim, ...], ...]
     outputs: tuple[tuple[Dim, ...], ...]
+    into: tuple[Dim | None, ...] = ()
 
     @property
     def live(self) -> bool:
@@ -126,7 +132,8 @@ class Doubted:
     def mapped(self, change: Callable[[Dim], Dim]) -> Doubted:
         """The same op with other dimensions."""
         inputs, outputs = (tuple(tuple(map(change, dims)) for dims in side) for side in (self.inputs, self.outputs))
-        return replace(self, inputs=inputs, outputs=outputs)
+        into = tuple(None if dim is None else change(dim) for dim in self.into)
+        return replace(self, inputs=inputs, outputs=outputs, into=into)
 
 
 @dataclass
@@ -134,7 +141,8 @@ class Trace:
     """What one run of the model taught: types, costs, and which axis of a parameter is contracted.
 
     `heads` holds, of each product of activations, the axis it is batched over and its other axes; `repeats` the axes
-    that are copies; `aligned` axes whose size a kernel wants to be a multiple.
+    that are copies; `aligned` axes whose size a kernel wants to be a multiple; `chosen` axes along which positions are
+    chosen, and how many; `least` of some how many must stay.
     `copy` is the model that ran. Ops, spans (by the path of the module, in the order of its calls) and MACs are of this
     run; all else may be shared by the traces of several runs of one model.
     """
@@ -152,6 +160,8 @@ class Trace:
     heads: list[tuple[Dim, tuple[Dim, ...]]] = field(default_factory=list)
     aligned: list[tuple[Dim, int]] = field(default_factory=list)
     repeats: list[Dim] = field(default_factory=list)
+    chosen: list[tuple[Dim, int]] = field(default_factory=list)
+    least: list[tuple[Dim, int]] = field(default_factory=list)
     edits: dict[str, Dim] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
 
@@ -161,6 +171,14 @@ class Trace:
         for dim, multiple in self.aligned:
             for atom in atoms(self.solver.resolve(dim)):
                 out[atom.name] = math.lcm(out.get(atom.name, 1), multiple)
+        return out
+
+    def fewest(self) -> dict[str, int]:
+        """Of atoms of which some must stay: how many."""
+        out: dict[str, int] = {}
+        for dim, count in self.least:
+            for atom in atoms(self.solver.resolve(dim)):
+                out[atom.name] = max(out.get(atom.name, 1), count)
         return out
 
     def another(self, training: bool) -> Trace:
@@ -210,6 +228,18 @@ class Call:
         self.trace.repeats.append(self.free(n))
         return self.trace.repeats[-1]
 
+    def choice(self, dim: Dim, count: int) -> Dim | None:
+        """What the positions are of that the op chose along `dim`, `count` for each place; None if none can go."""
+        if self.all_fixed((dim,)):
+            return None
+        self.trace.chosen.append((dim, count))
+        self.doubt(dim, f"chosen from: {self.why}")
+        return dim
+
+    def into(self, kind: Type) -> Dim | None:
+        """The axis that values of `kind` are positions in; None if they are no positions, or none of them can go."""
+        return None if kind.into is None or self.all_fixed((kind.into,)) else kind.into
+
     def all_fixed(self, dims: tuple[Dim, ...]) -> bool:
         """Whether no position of `dims` can go."""
         return all(isinstance(self.trace.solver.resolve(d), Fixed) for d in dims)
@@ -243,13 +273,19 @@ _R = TypeVar("_R", bound=Rule)
 RULES: dict[str, Rule] = {}
 # Ops whose rules run even where no axis can go: they charge MACs, or make new axes.
 ALWAYS: set[str] = set()
+# Ops that move values about and change none, so that positions stay positions.
+MOVES: set[str] = set()
+# Ops whose rules know what to do with positions; any other op that is given some fixes the axis they are positions in.
+POINTS: set[str] = set()
 
 
-def rule(*names: str, always: bool = False) -> Callable[[_R], _R]:
+def rule(*names: str, always: bool = False, moves: bool = False, points: bool = False) -> Callable[[_R], _R]:
     """Register one function as the rule of the named ATen ops (`add` also stands for `add_`).
 
     Args:
         always: the rule is asked even where no axis of an argument can go.
+        moves: the ops move values about and change none.
+        points: the rule sees to tensors of positions (see `Type.into`) itself.
 
     Raises:
         ValueError: an op already has a rule.
@@ -261,6 +297,8 @@ def rule(*names: str, always: bool = False) -> Callable[[_R], _R]:
                 raise ValueError(f"{name} already has a rule: {RULES[name].__qualname__}")
             RULES[name] = function
         ALWAYS.update(names if always else ())
+        MOVES.update(names if moves else ())
+        POINTS.update(names if points else ())
         return function
 
     return register
@@ -367,8 +405,11 @@ class Tracer(TorchDispatchMode):
     def finish(self, outputs: list[Tensor]) -> Trace:
         """The trace of a run that gave `outputs`: their axes are fixed, and doubts count where they reach an output."""
         for tensor in outputs:
-            for dim in self.type_of(tensor).dims:
+            kind = self.type_of(tensor)
+            for dim in kind.dims:
                 self.trace.solver.freeze(dim, "an axis of the model's output")
+            if kind.into is not None:
+                self.trace.solver.freeze(kind.into, "the model's output has positions along it")
         wanted = {_memory(t) for t in outputs}
         for flow in reversed(self._flows):
             # What has no output is read by Python.
@@ -394,7 +435,8 @@ class Tracer(TorchDispatchMode):
         nth = self._calls[call.module, call.name]
         self._calls[call.module, call.name] += 1
         made = tuple(k.dims for k in kinds)
-        doubted = Doubted(call.module, call.name, nth, inputs, made) if call.doubts else None
+        into = tuple(k.into for k in kinds) if any(k.into is not None for k in kinds) else ()
+        doubted = Doubted(call.module, call.name, nth, inputs, made, into) if call.doubts else None
         self._flows.append(
             _Flow(frozenset(map(_memory, call.tensors())), frozenset(map(_memory, outputs)), call.doubts, doubted)
         )
@@ -412,15 +454,25 @@ class Tracer(TorchDispatchMode):
             self._types[alias] = replace(self._types[alias], zero=False)
 
     def _apply(self, call: Call, func: torch._ops.OpOverload) -> list[Type]:
-        if call.name not in ALWAYS and all(isinstance(d, Fixed) for t in call.types() for d in t.dims):
+        given = call.types()
+        pointing = [kind.into for kind in given if kind.into is not None and call.into(kind)]
+        plain = not pointing and all(isinstance(d, Fixed) for t in given for d in t.dims)
+        if call.name not in ALWAYS and plain:
             return [Type(tuple(Fixed(n) for n in t.shape)) for t in call.outputs]
+        if call.name not in POINTS and (call.name not in MOVES or len(pointing) < len(given)):
+            call.freeze(pointing, f"positions are looked up: {call.why}")
+            pointing = []
         function = RULES.get(call.name)
         if function is None and torch.Tag.pointwise in func.tags:
             function = RULES["pointwise"]
         if function is None:
             return self._unknown(call)
-        kinds = function(call)
-        return [kinds] if isinstance(kinds, Type) else kinds
+        made = function(call)
+        kinds = [made] if isinstance(made, Type) else made
+        if call.name in MOVES and pointing:
+            into = call.trace.solver.unify_all(pointing, call.why)
+            return [replace(kind, into=into) for kind in kinds]
+        return kinds
 
     def _unknown(self, call: Call) -> list[Type]:
         self.trace.unknown.setdefault(call.name, call.module)

@@ -24,6 +24,7 @@ from ..in_layers import LayerSolver, layers_to_solve, solved
 from ..running import claim
 from ..solvers import Gram, blocks_of, to_matrix
 from ..solvers.layerwise import Gathering, Propagate, layers_by_block, solve_blocks
+from ..solvers.ranks import first, wait
 from .shards import Shards, write_index, write_shard
 
 __all__ = ["LayerwiseOptions", "Streamed", "prune_checkpoint"]
@@ -155,7 +156,8 @@ def prune_checkpoint(
         "budget": str(asked), "method": solver.name, "options": repr(options), "layers": layers, "dtype": str(dtype),
         "source": source.shards.fingerprint(),
     }  # fmt: skip
-    claim(place / _PROGRESS, settings)
+    if first():
+        claim(place / _PROGRESS, settings)
     _load(source.model, source.needed(), source.shards, source.dtype)
     run = _Run(source, place, layers, comparisons, solver, options.propagate)
     done: list[str] = []
@@ -166,12 +168,15 @@ def prune_checkpoint(
             on_block(name, len(done), len(layers))
 
     gathering = Gathering(full=solver.full, propagate=options.propagate)
-    solve_blocks(source.model, batches, layers, run.solve, gathering, hold=run.hold, on_block=told)
+    solve_blocks(source.model, batches, layers, run.solve, gathering, note=run.note, hold=run.hold, on_block=told)
     _unload(source.model)
-    run.finish()
+    if first():
+        run.finish()
     report = {"budget": str(asked), "method": solver.name, "sparsity": run.sparsity, "errors": run.errors}
-    _write_json(place / _REPORT, report)
-    shutil.rmtree(place / _PROGRESS)
+    if first():
+        _write_json(place / _REPORT, report)
+        shutil.rmtree(place / _PROGRESS)
+    wait()
     return Streamed(place, run.errors, run.sparsity, perf_counter() - begun, peak)
 
 
@@ -204,9 +209,12 @@ class _Run:
         """The share of the weights of the layers pruned that went."""
         return sum(c[1] for c in self._counts.values()) / max(sum(c[2] for c in self._counts.values()), 1)
 
-    def solve(self, name: str, module: nn.Module, gram: Gram) -> None:
-        """None; the layer is solved, and holds what the checkpoint's dtype can hold."""
-        mask, error = solved(module, gram, self._comparisons[name], self._solver, name)
+    def solve(self, name: str, module: nn.Module, gram: Gram) -> tuple[Tensor, float]:
+        """The mask and the relative error of the layer, which is solved in place."""
+        return solved(module, gram, self._comparisons[name], self._solver, name)
+
+    def note(self, name: str, module: nn.Module, mask: Tensor, error: float) -> None:
+        """None; the layer holds what the checkpoint's dtype can hold, and is counted."""
         weight = module.get_parameter("weight")
         # What is saved and what the next block sees are the same numbers, also for a run that resumes.
         weight.copy_(weight.to(self._source.shards.dtype(self._source.names[f"{name}.weight"])))
@@ -223,10 +231,11 @@ class _Run:
         _load(block, names, Shards(self._out, [file.name]) if again else shards, self._source.dtype)
         self._here = json.loads(note.read_text(encoding="utf-8")) if finished else {}
         yield finished
-        if not finished:
+        if not finished and first():
             held = _tensors(block)
             write_shard(file, {full: held[own].detach().to(shards.dtype(full)) for own, full in names.items()})
             _write_json(note, self._here)
+        wait()
         self._counts.update(self._here)
         _unload(block)
 

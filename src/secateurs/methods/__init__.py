@@ -1,19 +1,27 @@
 """The catalogue: one file a published system, in folders by the unit it prunes. Importing it registers them all."""
 
 from .channels import rethinking_value, spa_obspa
-from .language import perp, wanda
+from .language import alps, cfsp, dsnot, exact_obs, flap, l_admm, perp, ria, sparsegpt, wanda
 from .weights import global_magnitude, gradual_magnitude, granet, pdp, pq_index_sap, random_pruning, three_regime
 
 __all__ = [
+    "alps",
+    "cfsp",
+    "dsnot",
+    "exact_obs",
+    "flap",
     "global_magnitude",
     "gradual_magnitude",
     "granet",
+    "l_admm",
     "pdp",
     "perp",
     "pq_index_sap",
     "random_pruning",
     "rethinking_value",
+    "ria",
     "spa_obspa",
+    "sparsegpt",
     "three_regime",
     "wanda",
 ]

@@ -14,7 +14,7 @@ from typing import Literal, Protocol, get_args, get_type_hints, runtime_checkabl
 
 from ..core.errors import OptionError
 
-__all__ = ["Between", "OneOf", "Registered", "Rule", "Several", "check", "rules_of"]
+__all__ = ["Between", "OneOf", "Registered", "Rule", "Several", "Switch", "check", "rules_of"]
 
 
 @runtime_checkable
@@ -91,6 +91,20 @@ class OneOf:
 
     def wrong(self) -> tuple[object, ...]:
         return ("nonsense", None, 0)
+
+
+@dataclass(frozen=True)
+class Switch:
+    """True or False, and nothing that merely counts as either."""
+
+    def __str__(self) -> str:
+        return "True or False"
+
+    def fault(self, value: object) -> str | None:
+        return None if isinstance(value, bool) else f"must be {self}, got {value!r}"
+
+    def wrong(self) -> tuple[object, ...]:
+        return 1, "yes", None
 
 
 @dataclass(frozen=True)

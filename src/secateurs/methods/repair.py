@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ..graph.structure import Structure
 from ..graph.twin import attention_swaps, swap_attention, twin
 from ..solvers import Gram, from_matrix, remove_columns, solvable, solve_in_order, to_matrix
 
-__all__ = ["repaired"]
+__all__ = ["consumed", "repaired"]
 
 
 def repaired(model: nn.Module, decided: ModelPlan, data: Iterable[Any], *, damping: float = 0.01) -> nn.Module:
@@ -37,13 +37,7 @@ def repaired(model: nn.Module, decided: ModelPlan, data: Iterable[Any], *, dampi
         OptionError: a plan over single weights or whole layers.
         ModelError: a layer cannot be repaired, is never called, or its hessian cannot be inverted.
     """
-    decided.check(model)
-    if not isinstance(decided.structure, Structure):
-        removed = "single weights" if decided.structure is None else "whole layers"
-        raise OptionError(f"what is repaired are the consumers of removed channels; this plan removes {removed}.")
-    stays = _consumed(decided.structure, decided.keep)
-    for tensor in stays:
-        _check_repairable(model, tensor)
+    stays = consumed(model, decided)
     work = twin(model, {})
     # PyTorch's own attention multiplies by its projection without calling it; its equal here calls it.
     swap_attention(work, attention_swaps(work))
@@ -60,13 +54,25 @@ def repaired(model: nn.Module, decided: ModelPlan, data: Iterable[Any], *, dampi
     return twin(model, {tensor: work.get_parameter(tensor).detach() for tensor in stays})
 
 
-def _consumed(structure: Structure, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Per tensor that consumes what goes, the bool mask of the inputs that stay, broadcastable to its shape."""
+def consumed(model: nn.Module, decided: ModelPlan) -> dict[str, Tensor]:
+    """Per tensor that consumes what goes, the bool mask of the inputs that stay, broadcastable to its shape.
+
+    Raises:
+        OptionError: a plan over single weights or whole layers.
+        ModelError: a tensor of another layer than a linear one or a convolution, or one that several layers share.
+    """
+    decided.check(model)
+    structure = decided.structure
+    if not isinstance(structure, Structure):
+        removed = "single weights" if structure is None else "whole layers"
+        raise OptionError(f"what is repaired are the consumers of removed channels; this plan removes {removed}.")
     found: dict[str, Tensor] = {}
     for member in (m for group in structure.groups for m in group.members if m.role == "in"):
-        inputs = kept(structure.tensors[member.tensor][member.axis], keep)
+        inputs = kept(structure.tensors[member.tensor][member.axis], decided.keep)
         if not bool(inputs.all()):
             found[member.tensor] = inputs.view([-1 if axis == member.axis else 1 for axis in range(member.rank)])
+    for tensor in found:
+        _check_repairable(model, tensor)
     return found
 
 

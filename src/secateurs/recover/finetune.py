@@ -17,6 +17,7 @@ from ..core.batch import Loss, device_of, move
 from ..core.errors import DataError, FileError, ModelError, OptionError, unknown_name
 from ..core.state import read_state, write_state
 from ..train.masking import Masks
+from ..train.sam import SAM, statistics_kept
 from .context import modes_kept, seeded
 from .distill import Distillation
 from .objective import training_objective
@@ -107,6 +108,7 @@ class _Run:
     clip_norm: float | None
     autocast: torch.dtype | None
     pruner: StepPruner | None
+    sam: SAM | None
     on_step: Callable[[Progress], None] | None
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -130,6 +132,7 @@ def fine_tune(
     accumulate: int = 1,
     clip_norm: float | None = None,
     autocast: torch.dtype | None = None,
+    sam: SAM | None = None,
     seed: int = 0,
     checkpoint: str | Path | None = None,
     on_step: Callable[[Progress], None] | None = None,
@@ -148,9 +151,9 @@ def fine_tune(
         lr: initial learning rate.
         optimizer: "sgd" (momentum 0.9), "adam", "adamw", or a function `(parameters, lr) -> optimizer`.
         weight_decay: of a named optimizer.
-        schedule: "cosine" (to 0), "constant", "step" (×0.1 at ½ and ¾), or a function from progress in [0, 1) to a
-            factor on every group's rate. Progress moves with every step where the length of the data is known, else
-            with every epoch.
+        schedule: "cosine" (to 0), "constant", "linear" (to 0), "linear-warmup" (the first tenth goes up), "step" (×0.1
+            at ½ and ¾), or a function from progress in [0, 1) to a factor on every group's rate. Progress moves with
+            every step where the length of the data is known, else with every epoch.
         loss: `(output, target) -> scalar`; default: `core.batch.default_loss`.
         label_smoothing: of the default cross-entropy, mean over all classes (0.1 in Global MP's recipe).
         teacher: a model whose outputs the model learns as well; evaluated without gradients and not changed.
@@ -160,6 +163,8 @@ def fine_tune(
         accumulate: batches per optimizer step; the last step of a pass takes what is left.
         clip_norm: largest gradient norm; None for no limit.
         autocast: dtype of mixed precision, such as torch.bfloat16; None for none.
+        sam: sharpness-aware minimisation: every step takes its batches twice, and running statistics follow the first
+            time alone; None for none.
         seed: see above.
         checkpoint: a folder; the state is written there after every pass, and training resumes from it if there is one.
         on_step: called after every optimizer step, for a progress bar.
@@ -182,6 +187,7 @@ def fine_tune(
         "weight_decay": weight_decay, "label_smoothing": label_smoothing, "taught": teacher is not None,
         "optimizer": optimizer if isinstance(optimizer, str) else "own",
         "schedule": schedule if isinstance(schedule, str) else "own",
+        "sam": None if sam is None else asdict(sam),
     }  # fmt: skip
     with ExitStack() as stack:
         stack.enter_context(modes_kept(model))
@@ -205,6 +211,7 @@ def fine_tune(
             clip_norm,
             autocast,
             stepped,
+            sam,
             on_step,
             settings,
         )
@@ -271,6 +278,20 @@ def _step(run: _Run, batches: list[Any], factor: float, number: int) -> float:
     for group in run.optimizer.param_groups:
         # The key under which PyTorch's schedulers keep it too; it travels with the optimizer's state.
         group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+    total = _gradients(run, batches, number)
+    if run.sam is not None:
+        with run.sam.perturbed(run.optimizer), statistics_kept(run.model):
+            _gradients(run, batches, number)
+    if run.clip_norm is not None:
+        nn.utils.clip_grad_norm_(run.model.parameters(), run.clip_norm)
+    run.optimizer.step()
+    if run.pruner is not None:
+        run.pruner.step()
+    return total
+
+
+def _gradients(run: _Run, batches: list[Any], number: int) -> float:
+    """The mean loss of the batches; their mean gradient is that of the parameters."""
     run.optimizer.zero_grad()
     total = 0.0
     for batch in batches:
@@ -279,11 +300,6 @@ def _step(run: _Run, batches: list[Any], factor: float, number: int) -> float:
         total += float(loss.detach()) / len(batches)
     if total != total or total in (float("inf"), float("-inf")):
         raise ModelError(f"the loss is {total} at step {number}; lower the learning rate or look at the data.")
-    if run.clip_norm is not None:
-        nn.utils.clip_grad_norm_(run.model.parameters(), run.clip_norm)
-    run.optimizer.step()
-    if run.pruner is not None:
-        run.pruner.step()
     return total
 
 

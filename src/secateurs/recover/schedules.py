@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from ..core.errors import OptionError, unknown_name
 
-__all__ = ["Rate", "get_rate", "steps_down"]
+__all__ = ["Rate", "get_rate", "linear", "steps_down"]
 
 Rate = Callable[[float], float]
 
@@ -20,6 +20,22 @@ def cosine(progress: float) -> float:
 def constant(progress: float) -> float:
     """1 throughout."""
     return 1.0
+
+
+def linear(warmup: float = 0.1) -> Rate:
+    """A rule that rises from 0 to 1 over the share `warmup` of the training, then falls to 0, both on a line.
+
+    0.1 is PERP's (arXiv 2312.15230), as the usual rule for language models; 0 begins at 1.
+
+    Raises:
+        OptionError: `warmup` outside [0, 1).
+
+    >>> [round(linear()(p), 3) for p in (0.0, 0.05, 0.1, 0.55, 1.0)]
+    [0.0, 0.5, 1.0, 0.5, 0.0]
+    """
+    if not 0 <= warmup < 1:
+        raise OptionError(f"warmup is a share of the training in [0, 1), got {warmup}.")
+    return lambda progress: progress / warmup if progress < warmup else (1 - progress) / (1 - warmup)
 
 
 def steps_down(milestones: Sequence[float] = (0.5, 0.75), factor: float = 0.1) -> Rate:
@@ -37,11 +53,17 @@ def steps_down(milestones: Sequence[float] = (0.5, 0.75), factor: float = 0.1) -
     return lambda progress: factor ** sum(progress >= m - 1e-9 for m in milestones)
 
 
-_RATES: dict[str, Rate] = {"cosine": cosine, "constant": constant, "step": steps_down()}
+_RATES: dict[str, Rate] = {
+    "cosine": cosine,
+    "constant": constant,
+    "linear": linear(0.0),
+    "linear-warmup": linear(),
+    "step": steps_down(),
+}
 
 
 def get_rate(rate: str | Rate) -> Rate:
-    """The rule called `rate` (cosine, constant or step), or `rate` itself if it is a function.
+    """The rule called `rate` (cosine, constant, linear, linear-warmup or step), or `rate` itself if it is a function.
 
     Raises:
         OptionError: an unknown name; the nearest are listed.

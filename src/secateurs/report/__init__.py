@@ -14,6 +14,7 @@ from .data import (
     Side,
     Speedup,
 )
+from .runtime import RuntimeLayer, RuntimeSummary
 
 __all__ = [
     "FrontPoint",
@@ -23,6 +24,8 @@ __all__ = [
     "LayerChange",
     "Recovery",
     "Report",
+    "RuntimeLayer",
+    "RuntimeSummary",
     "Scores",
     "Side",
     "Speedup",

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from ..core.errors import FileError, OptionError
 from .codec import decode, encode, plain, settle
+from .runtime import RuntimeSummary
 
 __all__ = [
     "FrontPoint",
@@ -265,6 +266,7 @@ class Report:
         front: other budgets for the same model.
         history: of the recovery.
         speedup: measured side by side; a (median, p10, p90) tuple is taken too. Without it the two latencies count.
+        runtime: the pruned model in its sparse runtime; None if none was made.
         environment: python, torch, secateurs, cpu, threads, date …
         seconds: per stage of the run.
         command: what to type to get the same result.
@@ -289,6 +291,7 @@ class Report:
     front: tuple[FrontPoint, ...] = ()
     history: Recovery | None = None
     speedup: Speedup | None = None
+    runtime: RuntimeSummary | None = None
     environment: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     command: str | None = None

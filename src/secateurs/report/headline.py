@@ -16,7 +16,14 @@ _WHY_NOT = "small widths and memory-bound layers take time that MACs do not coun
 def headline(report: Report) -> str:
     """One plain sentence: what got smaller and faster, and what did not."""
     clauses = _masked(report) if report.form == "mask" else _cut(report)
-    return "; ".join(clauses) + "."
+    return "; ".join([*clauses, *_runtime(report)]) + "."
+
+
+def _runtime(report: Report) -> list[str]:
+    """What the sparse runtime gains, where it gains what somebody would notice."""
+    if report.runtime is None or report.runtime.speedup is None or report.runtime.speedup[0] < NOTICEABLE:
+        return []
+    return [f"{factor(report.runtime.speedup[0])} faster in the sparse runtime"]
 
 
 def _cut(report: Report) -> list[str]:

@@ -104,6 +104,7 @@ def _sections(view: dict[str, Any]) -> dict[str, str]:
         "budget": ("Budget", True),
         "quality": ("Quality", True),
         "layers": ("Layers", bool(report.layers)),
+        "runtime": ("Runtime", report.runtime is not None),
         "groups": ("Groups", bool(report.groups)),
         "sensitivity": ("Sensitivity", bool(view["sensitivity"])),
         "front": ("Front", bool(report.front)),

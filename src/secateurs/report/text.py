@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from .data import FrontPoint, FrozenWidth, GroupChange, LayerChange, Report
 from .findings import by_reason, changed_groups, changed_layers, checks, key_metric, stages
 from .headline import headline
+from .runtime import RuntimeLayer
 from .views import cards
 from .words import count, duration, metric, module_of, number, plural, shape, share, value
 
@@ -24,6 +25,7 @@ def to_text(report: Report) -> str:
         _table([(c.label, c.figure, "; ".join(filter(None, (c.note, c.detail)))) for c in cards(report)]),
         _stages(report),
         _section("largest changes", _layers(report)),
+        _section("sparse runtime", _runtime(report)),
         _section("groups: chosen, and what goes along", _groups(report)),
         _section("other budgets", _front(report)),
         _section("frozen", _frozen(report)),
@@ -81,6 +83,22 @@ def _layer(layer: LayerChange, masked: bool) -> tuple[str, ...]:
     after = shape(layer.shape_after) if layer.shape_after else "gone"
     macs = f"{count(layer.macs_before)} → {count(layer.macs_after)} MACs" if layer.macs_before else ""
     return layer.name, f"{shape(layer.shape_before)} → {after}" if layer.shape_before else "", macs
+
+
+def _runtime(report: Report) -> list[str]:
+    if report.runtime is None:
+        return []
+    changed, every = report.runtime.changed, report.runtime.layers
+    rows = _table([_form(layer) for layer in changed[:FIRST]])
+    lines = [report.runtime.verdict, *_stopped(rows, len(changed), "layer")]
+    dense = len(every) - len(changed)
+    return [*lines, f"{plural(dense, 'layer')} dense"] if changed and dense else lines
+
+
+def _form(layer: RuntimeLayer) -> tuple[str, ...]:
+    timed = layer.dense_seconds is not None and layer.seconds is not None
+    times = f"{duration(layer.dense_seconds)} → {duration(layer.seconds)}" if timed else ""
+    return layer.name, layer.format, shape(layer.shape), f"{share(layer.density)} not zero", times
 
 
 def _groups(report: Report) -> list[str]:

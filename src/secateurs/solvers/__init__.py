@@ -2,20 +2,54 @@
 
 from __future__ import annotations
 
+from .admm import admm
+from .alps import alps
+from .bias import compensation
+from .blocks import blocks_of, walk
+from .dsnot import dsnot
+from .exact_obs import exact_obs
 from .gram import Gram, from_matrix, solvable, to_matrix
+from .layerwise import Gathering, Propagate, layers_by_block, solve_blocks
+from .least_squares import conjugate_gradients, least_squares
 from .obs import damped, inverse, quadratic_error, remove_columns, saliency
-from .sequential import call_levels, solve_in_order
+from .permutation import channel_order
+from .scores import relative_importance, wanda_scores
+from .sequential import call_levels, grams_of, solve_in_order
+from .solved import Solved
+from .sparsegpt import sparsegpt
+from .structured_obs import Level, structured_obs
 
 __all__ = [
+    "Gathering",
     "Gram",
+    "Level",
+    "Propagate",
+    "Solved",
+    "admm",
+    "alps",
+    "blocks_of",
     "call_levels",
+    "channel_order",
+    "compensation",
+    "conjugate_gradients",
     "damped",
+    "dsnot",
+    "exact_obs",
     "from_matrix",
+    "grams_of",
     "inverse",
+    "layers_by_block",
+    "least_squares",
     "quadratic_error",
+    "relative_importance",
     "remove_columns",
     "saliency",
     "solvable",
+    "solve_blocks",
     "solve_in_order",
+    "sparsegpt",
+    "structured_obs",
     "to_matrix",
+    "walk",
+    "wanda_scores",
 ]

@@ -32,7 +32,7 @@ class Gram:
 
     Args:
         full: whether products of different inputs are gathered, for `hessian`; without them memory is a row a layer.
-        dtype: of the products, float64 or float32; they are summed in float64, and means and variances are float64.
+        dtype: of the products, float64 or float32; their sum, means and variances are float64.
 
     >>> gram = Gram()
     >>> gram.add(nn.Linear(2, 1), torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
@@ -43,36 +43,54 @@ class Gram:
     def __init__(self, *, full: bool = True, dtype: torch.dtype = torch.float64) -> None:
         self.full = full
         self._dtype = dtype
-        self._moments: Moments | None = None
+        self.moments: Moments | None = None
         self._shape: tuple[int, int] = (0, 0)
-        self._total: Tensor | None = None
+        self._hessian: Tensor | None = None
 
     @property
     def count(self) -> int:
         """Observations so far."""
-        return 0 if self._moments is None else self._moments.count
+        return 0 if self.moments is None else self.moments.count
 
     def add(self, module: nn.Module, given: Tensor) -> None:
         """Adds one call of `module` with the input `given`; every token and every pixel is an observation."""
         for columns in _columns(module, given):
             self._shape = (columns.shape[0], columns.shape[2])
             found = Moments.of(columns.transpose(0, 1).flatten(1))
-            self._moments = found if self._moments is None else self._moments.merge(found)
+            self.moments = found if self.moments is None else self.moments.merge(found)
             if self.full:
-                narrow = columns.to(self._dtype)
-                part = double(narrow.mT @ narrow)
-                self._total = part if self._total is None else self._total.add_(part)
+                self._add_products(columns.to(self._dtype))
+
+    def replace(self, moments: Moments, hessian: Tensor | None, shape: tuple[int, int]) -> None:
+        """None; the gram holds what several processes found together.
+
+        Args:
+            moments: over all groups and columns, in one row.
+            hessian: [groups, columns, columns]; None without products.
+            shape: groups and columns.
+        """
+        self.moments, self._hessian, self._shape = moments, hessian, shape
+
+    def _add_products(self, columns: Tensor) -> None:
+        products = columns.mT @ columns
+        if self._hessian is None:
+            self._hessian = torch.zeros_like(products, dtype=torch.float64)
+        # Kept as the mean that is asked for, so that nobody holds a scaled copy of the largest tensor there is.
+        before = self.count - columns.shape[1]
+        self._hessian.mul_(before / max(self.count, 1)).add_(products, alpha=2 / max(self.count, 1))
 
     @property
     def hessian(self) -> Tensor:
         """H = (2/S)·Σ x·xᵀ over S observations, of half the mean squared error: float64 [groups, columns, columns].
 
+        It is not a copy: read it only.
+
         Raises:
             DataError: there was no observation.
         """
-        if self._total is None or not self.count:
+        if self._hessian is None or not self.count:
             raise DataError("a layer saw no observation on the calibration data: give more batches.")
-        return self._total * (2 / self.count)
+        return self._hessian
 
     @property
     def mean(self) -> Tensor:
@@ -91,9 +109,9 @@ class Gram:
 
     @property
     def _known(self) -> Moments:
-        if self._moments is None or not self.count:
+        if self.moments is None or not self.count:
             raise DataError("a layer saw no observation on the calibration data: give more batches.")
-        return self._moments
+        return self.moments
 
 
 def solvable(module: nn.Module) -> bool:

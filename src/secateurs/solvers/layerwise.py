@@ -15,17 +15,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..core.batch import Call, call, leaves, split
+from ..core.batch import Call, call, leaves, split, take
 from ..core.errors import ModelError, OptionError
 from ..core.finite import all_finite
 from .blocks import blocks_of, walk
-from .gram import Gram, solvable
+from .gram import Gram, solvable, to_matrix
+from .ranks import add_up, agree, dealt, rank_of, world
 from .sequential import call_levels, grams_of
 
 __all__ = ["Gathering", "Hold", "Propagate", "layers_by_block", "seen_of", "solve_blocks"]
 
 Propagate = Literal["pruned", "dense"]
-SolveLayer = Callable[[str, nn.Module, Gram], None]
+# From a layer and what is known of its inputs to its mask and its relative error; the weight is changed in place.
+SolveLayer = Callable[[str, nn.Module, Gram], tuple[Tensor, float]]
+# Told the layer, its mask and its error, before its block is run again; it may still change the weight.
+NoteLayer = Callable[[str, nn.Module, Tensor, float], None]
 # Brings the tensors of a block into memory and takes them away; gives whether the block was solved in an earlier run.
 Hold = Callable[[str, nn.Module], AbstractContextManager[bool]]
 
@@ -84,18 +88,22 @@ def solve_blocks(
     solve: SolveLayer,
     gathering: Gathering,
     *,
+    note: NoteLayer | None = None,
     hold: Hold | None = None,
     on_block: Callable[[str], None] | None = None,
 ) -> None:
     """None; `solve(name, module, gram)` has been called once for each layer, and has changed its weight in place.
 
-    A layer that no batch reaches (an expert that no token is routed to) is left as it is, with a warning.
+    A layer that no batch reaches (an expert that no token is routed to) is left as it is, with a warning. Where several
+    processes were started, each runs its share of the batches and solves its share of a block's layers (`ranks`).
 
     Args:
-        model: a copy that may be changed.
-        data: batches as in `core.batch`; "attention_mask" tells padding, which does not count.
+        model: a copy that may be changed, the same in every process.
+        data: batches as in `core.batch`, the same in every process; "attention_mask" tells padding, which does not
+            count.
         layers: names of modules by block, as `layers_by_block` gives them; blocks without layers are only run.
         solve: called without gradients.
+        note: told what was found, in every process.
         gathering: what of.
         hold: for models larger than memory; default: all is in memory, nothing was solved.
         on_block: told the name of each block that is done.
@@ -106,13 +114,15 @@ def solve_blocks(
     """
     if gathering.propagate not in ("pruned", "dense"):
         raise OptionError(f"propagate must be pruned or dense, got {gathering.propagate!r}.")
+    data = dealt(take(data))
     seen = seen_of(data)
     model.eval()
+    tasks = (solve, note or (lambda *_: None))
 
     def visit(name: str, block: nn.Module, calls: list[Call]) -> list[Any]:
         inner = {layer.removeprefix(name).lstrip("."): layer for layer in layers[name]}
         with (hold or _in_memory)(name, block) as finished:
-            outputs = _outputs(block, calls) if finished else _solved(block, calls, inner, solve, gathering, seen)
+            outputs = _outputs(block, calls) if finished else _solved(block, calls, inner, tasks, gathering, seen)
         _check_outputs(name, outputs)
         if on_block is not None:
             on_block(name)
@@ -125,7 +135,7 @@ def _solved(
     block: nn.Module,
     calls: list[Call],
     inner: Mapping[str, str],
-    solve: SolveLayer,
+    tasks: tuple[SolveLayer, NoteLayer],
     gathering: Gathering,
     seen: Sequence[Tensor | None],
 ) -> list[Any]:
@@ -139,14 +149,37 @@ def _solved(
         )  # fmt: skip
         outputs = made if want else outputs
         with torch.no_grad():
-            for name in level:
-                if grams[name].count:
-                    solve(inner[name], block.get_submodule(name), grams.pop(name))
-                else:
-                    warnings.warn(
-                        f"{inner[name]} saw no token of the calibration data and stays as it is.", stacklevel=2
-                    )
+            _solve_level(block, {name: inner[name] for name in level}, grams, *tasks)
     return outputs if dense and inner else _outputs(block, calls)
+
+
+def _solve_level(
+    block: nn.Module, level: Mapping[str, str], grams: dict[str, Gram], solve: SolveLayer, note: NoteLayer
+) -> None:
+    """None; each layer is solved by the process whose turn it is, and all of them know what it found."""
+    for gram, name in {id(gram): (gram, name) for name, gram in grams.items()}.values():
+        add_up(gram, _shape(block.get_submodule(name)))
+    found: dict[str, tuple[Tensor, float]] = {}
+    seen = [name for name in level if grams[name].count]
+    for name in (name for name in level if name not in seen):
+        warnings.warn(f"{level[name]} saw no token of the data and stays as it is.", stacklevel=2)
+    for number, name in enumerate(seen):
+        gram = grams.pop(name)
+        if rank_of(number) == world()[0]:
+            found[name] = solve(level[name], block.get_submodule(name), gram)
+    for number, name in enumerate(seen):
+        module = block.get_submodule(name)
+        weight = module.get_parameter("weight")
+        mask, error = found.get(name, (torch.empty_like(weight, dtype=torch.bool), 0.0))
+        # A byte is what every backend can send.
+        bits, errors = mask.to(torch.uint8), torch.tensor([error], dtype=torch.float64)
+        agree([weight, bits, errors], rank_of(number))
+        note(level[name], module, bits.bool(), float(errors))
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    groups, _, columns = to_matrix(module, module.get_parameter("weight")).shape
+    return groups, columns
 
 
 @torch.no_grad()

@@ -14,13 +14,16 @@ from torch import Tensor
 
 from ..core.batch import double
 from ..core.errors import ModelError, OptionError
+from ..core.finite import all_finite
 
-__all__ = ["damped", "inverse", "quadratic_error", "remove_columns", "saliency"]
+__all__ = ["check_layer", "damped", "factor", "inverse", "quadratic_error", "remove_columns", "saliency"]
 
 # Tenfold damping at most this many times, before an inverse is refused.
 _RUNGS = 3
 # A pivot of the factorisation below this share of its diagonal entry is rounding error, not curvature.
 _SINGULAR = 1e-13
+# Rows of a matrix whose error is taken at a time.
+_ROWS = 1024
 
 
 def damped(hessian: Tensor, share: float = 0.01) -> Tensor:
@@ -50,8 +53,8 @@ def damped(hessian: Tensor, share: float = 0.01) -> Tensor:
     return out
 
 
-def inverse(hessian: Tensor, *, share: float = 0.01, where: str = "the layer") -> Tensor:
-    """The inverse of `damped(hessian, share)`, by Cholesky's factorisation: float64 [columns, columns].
+def factor(hessian: Tensor, *, share: float = 0.01, where: str = "the layer") -> Tensor:
+    """The lower triangular L with L·Lᵀ = `damped(hessian, share)`: float64 [columns, columns].
 
     Where that is not positive definite, ten times the damping is tried, up to three times, with a warning; without
     damping nothing is tried.
@@ -63,25 +66,34 @@ def inverse(hessian: Tensor, *, share: float = 0.01, where: str = "the layer") -
     Raises:
         ModelError: NaN or infinite entries, or no damping was enough; the latter has the condition number.
     """
-    if not bool(torch.isfinite(hessian).all()):
+    if not all_finite(hessian):
         raise ModelError(
             f"NaN or infinite values among the inputs of {where}: look at the data, or run the model in float32."
         )
     tried = [share * 10**rung for rung in range(_RUNGS + 1)] if share else [0.0]
     for step in tried:
-        factor = _factor(damped(hessian, step))
-        if factor is None:
+        found = _factor(damped(hessian, step))
+        if found is None:
             continue
         if step > share:
             warnings.warn(
-                f"{where}: its hessian is inverted with damping {step:g}, as {share:g} is too little.", stacklevel=2
+                f"{where}: its hessian is inverted with damping {step:g}, as {share:g} is too little.", stacklevel=3
             )
-        return torch.cholesky_inverse(factor)
+        return found
     raise ModelError(
         f"the hessian of {where} is not positive definite with damping up to {tried[-1]:g} (condition number "
         f"{_condition(damped(hessian, tried[-1])):.1e}): give more calibration data or more damping, or leave the "
         "layer out with ignore=."
     )
+
+
+def inverse(hessian: Tensor, *, share: float = 0.01, where: str = "the layer") -> Tensor:
+    """The inverse of `damped(hessian, share)`, from its Cholesky factor: float64 [columns, columns].
+
+    Args:
+        hessian, share, where: see `factor`, which also says what is raised.
+    """
+    return torch.cholesky_inverse(factor(hessian, share=share, where=where))
 
 
 def saliency(weight: Tensor, hessian: Tensor, *, share: float = 0.01, where: str = "the layer") -> Tensor:
@@ -130,8 +142,8 @@ def remove_columns(
     spread = inverse(hessian, share=share, where=where)
     gone = columns.to(spread.device)
     wide = double(weight).to(spread.device)
-    factor = torch.linalg.cholesky(spread[gone][:, gone])
-    out = wide - wide[:, gone] @ torch.cholesky_solve(spread[gone], factor)
+    root = torch.linalg.cholesky(spread[gone][:, gone])
+    out = wide - wide[:, gone] @ torch.cholesky_solve(spread[gone], root)
     out[:, gone] = 0
     return out.to(weight)
 
@@ -143,8 +155,24 @@ def quadratic_error(before: Tensor, after: Tensor, hessian: Tensor) -> float:
         before, after: [rows, columns].
         hessian: not damped.
     """
-    gap = double(before) - double(after)
-    return float((gap @ double(hessian) * gap).sum() / 2)
+    total = 0.0
+    # In pieces, since the matrices may be the largest of a model.
+    for old, new in zip(before.split(_ROWS), after.split(_ROWS), strict=True):
+        gap = double(old) - double(new)
+        total += float((gap @ double(hessian) * gap).sum() / 2)
+    return total
+
+
+def check_layer(weight: Tensor, hessian: Tensor, where: str = "the layer") -> None:
+    """None; refuses what no solver can work on, before anything is computed.
+
+    Raises:
+        OptionError: sizes that do not fit.
+        ModelError: NaN or infinite weights.
+    """
+    _check_columns(weight, hessian)
+    if not all_finite(weight):
+        raise ModelError(f"NaN or infinite values among the weights of {where}: mend the model before it is pruned.")
 
 
 def _check_columns(weight: Tensor, hessian: Tensor) -> None:
@@ -157,11 +185,11 @@ def _check_columns(weight: Tensor, hessian: Tensor) -> None:
 
 def _factor(matrix: Tensor) -> Tensor | None:
     """The lower Cholesky factor; None where the matrix is not positive definite to working precision."""
-    factor, failed = torch.linalg.cholesky_ex(matrix)
+    root, failed = torch.linalg.cholesky_ex(matrix)
     if int(failed):
         return None
-    sound = factor.diagonal().square() > _SINGULAR * matrix.diagonal()
-    return factor if bool(sound.all()) else None
+    sound = root.diagonal().square() > _SINGULAR * matrix.diagonal()
+    return root if bool(sound.all()) else None
 
 
 def _condition(matrix: Tensor) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..core.batch import call, device_of, leaves, move, split
 from ..core.errors import DataError, ModelError
-from .gram import Gram
+from .gram import Gram, is_hf_conv1d
 
 __all__ = ["call_levels", "grams_of", "solve_in_order"]
 
@@ -61,22 +61,63 @@ def grams_of(
             these axes first, what is padding is left out.
         outputs: whether the second result is made; it holds as much as the model returns on all batches.
     """
-    grams = {name: Gram(full=full, dtype=dtype) for name in names}
+    shared = _Shared(lambda: Gram(full=full, dtype=dtype))
     counts: Tensor | None = None
 
     def gather(name: str, module: nn.Module, given: Tensor) -> None:
+        kept = given
         if counts is not None and given.shape[: counts.dim()] == counts.shape and given.dim() > counts.dim():
-            given = given[counts.to(given.device)]
-        grams[name].add(module, given)
+            kept = given[counts.to(given.device)]
+        shared.add(name, module, given, kept)
 
     made: list[Any] = []
     with torch.no_grad(), _looking(model, dict.fromkeys(names, gather)):
         for number, batch in enumerate(data):
             counts = None if seen is None else seen[number]
             output = call(model, move(split(batch)[0], device_of(model)))
+            shared.next_batch()
             if outputs:
                 made.append(output)
-    return grams, made
+    return {name: shared.grams.get(name) or Gram(full=full, dtype=dtype) for name in names}, made
+
+
+class _Shared:
+    """The `Gram` of each layer, one for all linear layers that are given the same tensor on every batch."""
+
+    def __init__(self, make: Callable[[], Gram]) -> None:
+        self._make = make
+        self.grams: dict[str, Gram] = {}
+        # The tensors of this batch, held so that no later one has the identity of one that is gone.
+        self._given: list[tuple[Tensor, str]] = []
+        self._first = True
+        self._leader: dict[str, str] = {}
+
+    def next_batch(self) -> None:
+        """None; the next call is of another batch."""
+        self._given.clear()
+        self._first = False
+
+    def add(self, name: str, module: nn.Module, given: Tensor, kept: Tensor) -> None:
+        """None; `kept`, of what the layer is given, is in its `Gram`."""
+        if self._first and name not in self._leader:
+            same = (leader for tensor, leader in self._given if tensor is given) if _rowwise(module) else iter(())
+            self._leader[name] = next(same, name)
+        leader = self._leader.setdefault(name, name)
+        if leader == name:
+            self.grams.setdefault(name, self._make()).add(module, kept)
+            self._given.append((given, name))
+        elif any(tensor is given for tensor, other in self._given if other == leader):
+            self.grams[name] = self.grams[leader]
+        else:
+            raise ModelError(
+                f"{name} and {leader} read one tensor on the first batch and two on a later one: solve them apart, "
+                "with scope=."
+            )
+
+
+def _rowwise(module: nn.Module) -> bool:
+    """Whether the columns of the module's input are those of any other such module."""
+    return isinstance(module, nn.Linear) or is_hf_conv1d(module)
 
 
 def call_levels(model: nn.Module, data: Iterable[Any], names: Sequence[str]) -> list[tuple[str, ...]]:

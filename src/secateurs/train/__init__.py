@@ -10,12 +10,14 @@ from .pruner import Pruner
 from .random_sparse import RandomSparse, ranked_densities
 from .regrowth import Grow, Prolonged, Regrowth, Share
 from .regularize import slimming_penalty, soft_filter_step
+from .sam import SAM, statistics_kept
 from .scope import canonical_names, prunable_weights
 from .sr_ste import SRSTE
 from .update import Drawn, Moment, Ranked, Regrowing, Rule
 
 __all__ = [
     "PDP",
+    "SAM",
     "SET",
     "SRSTE",
     "Drawn",
@@ -39,4 +41,5 @@ __all__ = [
     "ranked_densities",
     "slimming_penalty",
     "soft_filter_step",
+    "statistics_kept",
 ]

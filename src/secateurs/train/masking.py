@@ -19,6 +19,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ..core.errors import ModelError, OptionError, PlanError, unknown_name
+from .inplace import put_masked, zero_masked
 from .scope import canonical_names
 
 __all__ = ["Masks", "Revive", "pack", "unpack"]
@@ -106,6 +107,8 @@ class Masks(Mapping[str, Tensor]):
         self._listener: tuple[Wants, Hears] | None = None
         # Whether dense gradients wait for the listener, and the step of the last that it got.
         self._exposed, self._heard = False, 0
+        # Whether what waits is in the parameters, where it must not be put a second time.
+        self._open = False
         self.steps = 0
         if self._fate.remember:
             self._remember()
@@ -116,7 +119,7 @@ class Masks(Mapping[str, Tensor]):
         first = self._names.get(name, name)
         if first not in self._keep:
             raise KeyError(name)
-        return self._mask(first)
+        return self._mask(first, self._model.get_parameter(first))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keep)
@@ -199,9 +202,10 @@ class Masks(Mapping[str, Tensor]):
     def apply(self) -> None:
         """None; what is masked becomes exactly zero in weights and, where never revived, in all watched optimizers."""
         self._bind()
-        self._each(lambda p, removed: p.masked_fill_(removed, 0))
+        self._each(zero_masked)
         for optimizer, _ in self._optimizers:
             self._clear(optimizer)
+        self._open = False
 
     @contextmanager
     def revealed(self) -> Iterator[None]:
@@ -210,7 +214,9 @@ class Masks(Mapping[str, Tensor]):
         try:
             yield
         finally:
-            self.apply()
+            # `set` in the body has done it already.
+            if self._open:
+                self.apply()
 
     def check(self) -> None:
         """None, if everything that is masked is zero.
@@ -220,7 +226,7 @@ class Masks(Mapping[str, Tensor]):
         """
         for name, parameter in self._parameters():
             for what, tensor in self._guarded(parameter):
-                wrong = int((tensor.ne(0) & ~self._mask(name)).sum())
+                wrong = int((tensor.ne(0) & ~self._mask(name, parameter)).sum())
                 if wrong:
                     raise ModelError(
                         f"{wrong} masked entries of the {what} of {name} are not zero: something else writes to them; "
@@ -299,16 +305,16 @@ class Masks(Mapping[str, Tensor]):
         for name in self._keep:
             yield name, self._model.get_parameter(name)
 
-    def _mask(self, name: str) -> Tensor:
-        device = self._model.get_parameter(name).device
-        if self._keep[name].device != device:
-            self._keep[name] = self._keep[name].to(device)
+    def _mask(self, name: str, parameter: Tensor) -> Tensor:
+        """The mask of a parameter, where that is now; finding a parameter by its name takes longer than all else."""
+        if self._keep[name].device != parameter.device:
+            self._keep[name] = self._keep[name].to(parameter.device)
         return self._keep[name]
 
     @torch.no_grad()
     def _each(self, action: Callable[[nn.Parameter, Tensor], Any]) -> None:
         for name, parameter in self._parameters():
-            action(parameter, ~self._mask(name))
+            action(parameter, self._mask(name, parameter))
 
     def _bind(self) -> None:
         """Gates on every masked parameter that has none, or that is another object than the gated one."""
@@ -321,7 +327,7 @@ class Masks(Mapping[str, Tensor]):
             self._gates[name] = (parameter, parameter.register_post_accumulate_grad_hook(self._gate(name)))
 
     def _gate(self, name: str) -> Callable[[Tensor], None]:
-        def zero_masked(parameter: Tensor) -> None:
+        def gate(parameter: Tensor) -> None:
             if parameter.grad is None:
                 return
             if parameter.grad.layout is not torch.strided:
@@ -329,10 +335,9 @@ class Masks(Mapping[str, Tensor]):
             if self._wanted():
                 self._exposed = True
             else:
-                # Not a product: an infinite gradient under a mask would become NaN.
-                parameter.grad.masked_fill_(~self._mask(name), 0)
+                zero_masked(parameter.grad, self._mask(name, parameter))
 
-        return zero_masked
+        return gate
 
     def _wanted(self) -> bool:
         """Whether the gradient that is being made is one to be heard dense."""
@@ -363,7 +368,7 @@ class Masks(Mapping[str, Tensor]):
                 )
             self._reveal()
             if self._pull:
-                self._each(lambda p, removed: None if p.grad is None else p.grad.add_(p * removed, alpha=self._pull))
+                self._each(lambda p, kept: None if p.grad is None else p.grad.add_(p * ~kept, alpha=self._pull))
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -379,13 +384,17 @@ class Masks(Mapping[str, Tensor]):
     @torch.no_grad()
     def _remember(self) -> None:
         for name, parameter in self._parameters():
-            self._hidden[name] = parameter.detach().clone()
+            held = self._hidden.get(name)
+            if held is not None and (held.dtype, held.device) == (parameter.dtype, parameter.device):
+                held.copy_(parameter)
+            else:
+                self._hidden[name] = parameter.detach().clone()
 
     @torch.no_grad()
     def _reveal(self) -> None:
-        for name, parameter in self._parameters():
-            if name in self._hidden:
-                parameter.copy_(torch.where(self._mask(name), parameter, self._hidden[name].to(parameter)))
+        for name, parameter in self._parameters() if self._hidden and not self._open else ():
+            put_masked(parameter, self._mask(name, parameter), self._hidden[name].to(parameter))
+        self._open = True
 
     def _clear(self, optimizer: Optimizer) -> None:
         if not self._fate.clear:
@@ -393,7 +402,7 @@ class Masks(Mapping[str, Tensor]):
         for name, parameter in self._parameters():
             for value in optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    value.masked_fill_(~self._mask(name).to(value.device), 0)
+                    zero_masked(value, self._mask(name, parameter).to(value.device))
 
     def _guarded(self, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
         yield "weight", parameter.detach()
@@ -405,9 +414,9 @@ class Masks(Mapping[str, Tensor]):
                     yield f"optimizer state {key!r}", value
 
 
-def _mask_gradient(parameter: nn.Parameter, removed: Tensor) -> None:
+def _mask_gradient(parameter: nn.Parameter, kept: Tensor) -> None:
     if parameter.grad is not None:
-        parameter.grad.masked_fill_(removed, 0)
+        zero_masked(parameter.grad, kept)
 
 
 def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -143,7 +143,7 @@ class Pruner:
         Raises:
             PlanError: the state is of another model or of another kind of pruner.
         """
-        if set(state["rule"]) != set(self._state):
+        if set(state.get("rule", ("none",))) != set(self._state):
             raise PlanError("the stored state is of another criterion than this pruner's; build it as it was built.")
         self.masks.load_state_dict(state["masks"])
         self._state = {kind: dict(tensors) for kind, tensors in state["rule"].items()}

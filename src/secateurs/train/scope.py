@@ -10,7 +10,7 @@ from torch import nn
 
 from ..core.errors import ModelError, OptionError, unknown_name
 
-__all__ = ["canonical_names", "divided_weights", "prunable_weights"]
+__all__ = ["canonical_names", "divided_weights", "is_norm", "prunable_weights"]
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 # Hugging Face's GPT-2 layer, a Linear with a transposed weight; known by name so that transformers is not imported.
@@ -96,7 +96,7 @@ def _candidates(model: nn.Module) -> Iterable[tuple[str, bool]]:
     for name, parameter in model.named_parameters():
         modules = owners[id(parameter)]
         lazy = isinstance(parameter, nn.parameter.UninitializedParameter)
-        if any(_is_norm(m) for m in modules) or not parameter.is_floating_point():
+        if any(is_norm(m) for m in modules) or not parameter.is_floating_point():
             continue
         if lazy and name.rpartition(".")[2] != "weight":
             continue
@@ -108,7 +108,8 @@ def _is_layer(module: nn.Module) -> bool:
     return isinstance(module, _LAYERS) or type(module).__name__ in _LAYER_NAMES
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
+    """Whether the module normalises, by the name of its class: any library's LayerNorm, RMSNorm, BatchNormAct2d …"""
     return _NORM_NAME.search(type(module).__name__) is not None and not _is_layer(module)
 
 

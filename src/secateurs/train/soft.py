@@ -83,9 +83,12 @@ def border(magnitudes: Tensor, keep: int) -> Tensor:
         magnitudes: [rows, n], n of at least 2; without NaN.
         keep: how many of a row lie above; taken as 1 or n − 1 if it is outside that range.
     """
-    stays = per_row(magnitudes, min(max(keep, 1), magnitudes.shape[1] - 1))
-    smallest = magnitudes.masked_fill(~stays, torch.inf).amin(1, keepdim=True)
-    return (smallest + magnitudes.masked_fill(stays, -torch.inf).amax(1, keepdim=True)) / 2
+    least = min(max(keep, 1), magnitudes.shape[1] - 1)
+    # From the nearer end: the two lowest of one more than stay, or the two highest of one more than go.
+    most = magnitudes.shape[1] - least
+    upper = least <= most
+    outer = magnitudes.topk(min(least, most) + 1, dim=1, largest=upper, sorted=False).values
+    return outer.topk(2, dim=1, largest=not upper).values.sum(1, keepdim=True) / 2
 
 
 def soft_mask(squares: Tensor, threshold: Tensor, temperature: Tensor) -> Tensor:

@@ -87,13 +87,21 @@ def trilinear(call: Call) -> list[Type]:
 
 @rule("_grouped_mm", "grouped_mm_fallback", always=True)
 def grouped(call: Call) -> Type:
-    """Rows of one expert after those of another, each with a matrix of its own: which rows and experts is fixed."""
+    """Rows of one expert after those of another, each with a matrix of its own; which rows those are is data.
+
+    Where the rows of each end says an axis that can go, the experts are that axis.
+    """
     rows, weights, *_ = call.types()
     if (len(rows.dims), len(weights.dims)) != (2, 3) or call.args.get("bias") is not None:
         for kind in call.types():
             call.freeze(kind.dims)
         return Type(fixed_dims(call.outputs[0]))
-    call.freeze([rows.dims[0], weights.dims[0]], f"rows and experts: {call.why}")
+    call.freeze([rows.dims[0]], f"rows and experts: {call.why}")
+    ends = None if call.args.get("offs") is None else call.type_of(call.args["offs"])
+    if ends is None or call.all_fixed(ends.dims):
+        call.freeze([weights.dims[0]], f"rows and experts: {call.why}")
+    else:
+        call.trace.solver.unify(weights.dims[0], ends.dims[0], call.why)
     # The kernel reads rows that begin at multiples of sixteen bytes.
     multiple = max(1, 16 // call.outputs[0].element_size())
     call.trace.aligned.extend((dim, multiple) for dim in weights.dims[1:])

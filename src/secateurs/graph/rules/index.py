@@ -1,57 +1,135 @@
-"""Indexing by data: the indexed axis is fixed, the others pass."""
+"""Indexing: by data, which fixes the indexed axis, or by positions that were chosen along an axis, which are that axis.
+
+Positions of an axis of experts never name one that was removed, since what chose them had only the others to choose
+from. Whatever is looked up at them, or counted by them, is the same for those that stay.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from torch import Tensor
 
-from ...core.dims import Dim, Fixed
+from ...core.dims import Dim, Fixed, size
 from ..trace import Call, Type, rule
 from .pointwise import fixed
 
 __all__: list[str] = []
 
 
-@rule("embedding")
+def _look_up(call: Call, dim: Dim, index: Type) -> None:
+    """`dim` is indexed by `index`: it is what its values are positions in, or fixed."""
+    into = call.into(index)
+    if into is None:
+        call.freeze([dim], f"indexed by data: {call.why}")
+    else:
+        call.trace.solver.unify(dim, into, call.why)
+
+
+@rule("embedding", points=True)
 def embedding(call: Call) -> Type:
-    """Rows looked up by number: the vocabulary is fixed, the width goes out."""
+    """Rows looked up by number: the width goes out; the vocabulary is fixed, unless the numbers were chosen."""
     weight, ids = call.type_of(call.args["weight"]), call.type_of(call.args["indices"])
-    call.freeze([weight.dims[0]], f"looked up by number: {call.why}")
+    if call.into(ids) is None:
+        call.freeze([weight.dims[0]], f"looked up by number: {call.why}")
+    else:
+        _look_up(call, weight.dims[0], ids)
     return Type((*ids.dims, weight.dims[1]), weight.zero)
 
 
-@rule("index", "_unsafe_index")
+@rule("index", "_unsafe_index", points=True)
 def index(call: Call) -> Type:
-    """Advanced indexing: the indexed axes are fixed; their results stand where NumPy puts them."""
+    """Advanced indexing: the results of the indexed axes stand where NumPy puts them."""
     kind = call.type_of(call.args["self"])
     indices: list[Tensor | None] = list(call.args["indices"])
-    indexed = [i for i, t in enumerate(indices) if t is not None]
+    indexed = {i: call.type_of(t) for i, t in enumerate(indices) if t is not None}
+    shape = call.outputs[0].shape
     if any(t is not None and not t.dtype.is_signed and t.dim() > 1 for t in indices):
         call.freeze(kind.dims, f"indexed by a mask: {call.why}")
-        return Type(tuple(Fixed(n) for n in call.outputs[0].shape))
-    call.freeze([kind.dims[i] for i in indexed], f"indexed by data: {call.why}")
+        return Type(tuple(Fixed(n) for n in shape), into=kind.into)
+    for i, found in indexed.items():
+        _look_up(call, kind.dims[i], found)
     rest = [d for i, d in enumerate(kind.dims) if i not in indexed]
-    new = len(call.outputs[0].shape) - len(rest)
-    adjacent = indexed == list(range(indexed[0], indexed[-1] + 1))
-    at = indexed[0] if adjacent else 0
-    shape = call.outputs[0].shape
+    new = len(shape) - len(rest)
+    first, *_, last = (*indexed, *indexed)
+    at = first if list(indexed) == list(range(first, last + 1)) else 0
     dims: list[Dim] = [*rest[:at], *(Fixed(n) for n in shape[at : at + new]), *rest[at:]]
-    return Type(tuple(dims), kind.zero)
+    return Type(tuple(dims), kind.zero, into=kind.into)
 
 
-@rule("index_select")
+@rule("index_select", points=True)
 def index_select(call: Call) -> Type:
     """Positions of one axis chosen by data."""
     kind = call.type_of(call.args["self"])
     axis = call.axis(call.args["dim"], len(kind.dims))
-    call.freeze([kind.dims[axis]], f"indexed by data: {call.why}")
+    _look_up(call, kind.dims[axis], call.type_of(call.args["index"]))
     dims = [Fixed(n) if i == axis else d for i, (d, n) in enumerate(zip(kind.dims, call.outputs[0].shape, strict=True))]
-    return Type(tuple(dims), kind.zero)
+    return Type(tuple(dims), kind.zero, into=kind.into)
+
+
+@rule("gather", points=True)
+def gather(call: Call) -> list[Type]:
+    """Of each line along an axis the values at the positions of another tensor: its other axes are those of that."""
+    own, index = call.type_of(call.args["self"]), call.type_of(call.args["index"])
+    if call.into(index) is None:
+        return [replace(kind, into=own.into) for kind in scattered(call)]
+    axis = call.axis(call.args["dim"], len(own.dims))
+    _look_up(call, own.dims[axis], index)
+    _line_up(call, [own.dims, index.dims], axis)
+    return [Type(index.dims, into=own.into)]
+
+
+@rule("scatter", "scatter_add", "scatter_reduce", points=True)
+def scatter(call: Call) -> list[Type]:
+    """Values written, or added, at positions along an axis: what goes out is what is written to."""
+    own, index = call.type_of(call.args["self"]), call.type_of(call.args["index"])
+    written = [call.type_of(t) for t in (call.args.get("src"), call.args.get("value")) if isinstance(t, Tensor)]
+    call.freeze([k.into for k in (own, *written) if k.into is not None], f"positions are looked up: {call.why}")
+    if call.into(index) is None:
+        return scattered(call)
+    axis = call.axis(call.args["dim"], len(own.dims))
+    _look_up(call, own.dims[axis], index)
+    sources = [kind.dims for kind in (index, *written) if kind.dims]
+    call.freeze([dims[axis] for dims in sources])
+    _line_up(call, [own.dims, *sources], axis)
+    others = tuple(d for i, d in enumerate(own.dims) if i != axis)
+    return [Type(own.dims, own.zero and call.all_fixed(others))]
+
+
+def _line_up(call: Call, several: Sequence[Sequence[Dim]], axis: int) -> None:
+    """Axes other than `axis` are one where they are of one size; where not, only the first positions of some are."""
+    for other in (i for i in range(len(several[0])) if i != axis):
+        dims = [one[other] for one in several]
+        if len({size(d) for d in dims}) == 1:
+            call.trace.solver.unify_all(dims, call.why)
+        else:
+            call.freeze(dims)
+
+
+@rule("histc", "bincount", points=True)
+def counted(call: Call) -> list[Type]:
+    """How often each value occurs: of positions, one count for each, and none for those that were removed."""
+    kind = call.types()[0]
+    into, made = call.into(kind), call.outputs[0]
+    if into is None or made.shape[0] != size(into) or call.args.get("weights") is not None or not _each_its_own(call):
+        call.freeze([] if into is None else [into], f"positions are looked up: {call.why}")
+        return scattered(call)
+    call.freeze(kind.dims, f"counted: {call.why}")
+    return [Type((into,), True)]
+
+
+def _each_its_own(call: Call) -> bool:
+    """Whether whole numbers from zero fall into bins of their own."""
+    if call.name == "bincount":
+        return True
+    low, high, bins = call.args["min"], call.args["max"], call.args["bins"]
+    return low == 0 and bins - 1 <= high <= bins
 
 
 @rule(
-    "gather", "scatter", "scatter_add", "scatter_reduce", "index_put", "_index_put_impl", "index_add", "index_copy",
-    "index_fill", "masked_select", "masked_scatter", "take", "grid_sampler_2d", "put", "_unsafe_index_put", "isin",
-    "bincount", "histc",
+    "index_put", "_index_put_impl", "index_add", "index_copy", "index_fill", "masked_select", "masked_scatter", "take",
+    "grid_sampler_2d", "put", "_unsafe_index_put", "isin",
 )  # fmt: skip
 def scattered(call: Call) -> list[Type]:
     """Positions written or read by data on every axis: all are fixed."""

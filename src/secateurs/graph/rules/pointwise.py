@@ -106,8 +106,9 @@ def _note_singular(call: Call, kinds: Sequence[Type]) -> None:
                 call.doubt(dim, f"undefined at zero: {call.why}")
 
 
+@rule("clone", "detach", "alias", "_to_copy", "lift_fresh", moves=True)
 @rule(
-    "pointwise", "clone", "detach", "alias", "_to_copy", "lift_fresh", "copy", "hardswish", "hardtanh", "where",
+    "pointwise", "copy", "hardswish", "hardtanh", "where",
     "masked_fill", "native_dropout", "bernoulli", "fill", "zeros_like", "ones_like", "empty_like", "full_like",
     "rand_like", "randn_like", "lerp", "addcmul", "addcdiv", "zero", "_prelu_kernel", "logical_not", "normal",
     "uniform", "rsub", "relu", "gelu", "silu", "log_sigmoid_forward", "rrelu_with_noise", "mish", "elu", "celu",

@@ -43,7 +43,7 @@ def _spans(sizes: Sequence[int]) -> list[tuple[int, int]]:
     return list(pairwise(ends))
 
 
-@rule("view", "_unsafe_view", "_reshape_alias", "_reshape_copy", "view_copy")
+@rule("view", "_unsafe_view", "_reshape_alias", "_reshape_copy", "view_copy", moves=True)
 def reshape(call: Call) -> Type:
     """Row-major reshape."""
     kind, _ = _one(call)
@@ -55,7 +55,7 @@ def reshape(call: Call) -> Type:
     return Type(dims, kind.zero, kind.param, _covered(kind.axes, sizes, shape))
 
 
-@rule("t", "transpose", "permute", "transpose_copy", "permute_copy")
+@rule("t", "transpose", "permute", "transpose_copy", "permute_copy", moves=True)
 def permute(call: Call) -> Type:
     """Axes in another order."""
     kind, rank = _one(call)
@@ -70,7 +70,7 @@ def permute(call: Call) -> Type:
     return _view(kind, order)
 
 
-@rule("unsqueeze")
+@rule("unsqueeze", moves=True)
 def unsqueeze(call: Call) -> Type:
     """A new axis of one position."""
     kind, rank = _one(call)
@@ -79,7 +79,7 @@ def unsqueeze(call: Call) -> Type:
     return Type((*kind.dims[:at], Fixed(1), *kind.dims[at:]), kind.zero, kind.param, axes)
 
 
-@rule("squeeze")
+@rule("squeeze", moves=True)
 def squeeze(call: Call) -> Type:
     """Axes of one position dropped."""
     kind, rank = _one(call)
@@ -88,7 +88,7 @@ def squeeze(call: Call) -> Type:
     return _view(kind, [i for i, d in enumerate(kind.dims) if not (i in axes and size(d) == 1)])
 
 
-@rule("expand")
+@rule("expand", always=True, moves=True)
 def expand(call: Call) -> Type:
     """Axes of one position repeated."""
     kind, rank = _one(call)
@@ -98,7 +98,7 @@ def expand(call: Call) -> Type:
     return Type(tuple(d if size(d) == n else call.repeated(n) for d, n in zip(own, shape, strict=True)), kind.zero)
 
 
-@rule("repeat")
+@rule("repeat", moves=True)
 def repeat(call: Call) -> Type:
     """Each axis repeated as a whole: the repetition is the slow factor."""
     kind, rank = _one(call)
@@ -107,7 +107,7 @@ def repeat(call: Call) -> Type:
     return Type(tuple(product(call.repeated(r), d) for r, d in zip(times, own, strict=True)), kind.zero)
 
 
-@rule("cat")
+@rule("cat", moves=True)
 def cat(call: Call) -> Type:
     """One axis joined, the others one."""
     kinds = [k for k, t in zip(call.types(), call.tensors(), strict=True) if t.numel() or t.dim() > 1]
@@ -119,7 +119,7 @@ def cat(call: Call) -> Type:
     return Type(tuple(dims), all(k.zero for k in kinds))
 
 
-@rule("stack")
+@rule("stack", moves=True)
 def stack(call: Call) -> Type:
     """A new axis over the operands; all their axes are one."""
     kinds = call.types()
@@ -129,7 +129,7 @@ def stack(call: Call) -> Type:
     return Type(tuple(dims), all(k.zero for k in kinds))
 
 
-@rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes")
+@rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", moves=True)
 def split(call: Call) -> list[Type]:
     """One axis cut into consecutive parts."""
     kind, rank = _one(call)
@@ -144,7 +144,7 @@ def split(call: Call) -> list[Type]:
     return out
 
 
-@rule("slice")
+@rule("slice", moves=True)
 def slice_(call: Call) -> Type:
     """A range of one axis. A step other than one fixes it."""
     kind, rank = _one(call)
@@ -161,7 +161,7 @@ def slice_(call: Call) -> Type:
     return Type(dims, kind.zero, kind.param, kind.axes)
 
 
-@rule("select", "unbind")
+@rule("select", "unbind", moves=True)
 def select(call: Call) -> list[Type]:
     """One position of an axis: its number is in the code, so the axis is fixed."""
     kind, rank = _one(call)
@@ -190,7 +190,7 @@ def pad(call: Call) -> Type:
     return Type(tuple(dims), kind.zero and not call.args.get("value"))
 
 
-@rule("flip", "roll")
+@rule("flip", "roll", moves=True)
 def reorder(call: Call) -> Type:
     """Positions of some axes moved about: those axes are fixed."""
     kind, rank = _one(call)

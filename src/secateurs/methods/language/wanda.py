@@ -5,14 +5,17 @@ arXiv 2306.11695. Unit: single weights, or N:M patterns along the inputs. When: 
 calibration data, layer by layer. How: of each row of W the weights of least |w_ij|·‖x_j‖₂ go (equation 1), the others
 stay as they are; the next block sees what the pruned one gives.
 
-Defaults. The same share of every layer, exactly ⌊·⌉ of each row; blocks only: embeddings, head and norms stay. The
-paper calibrates on 128 sequences of 2,048 tokens of C4; give yours as data=.
+Defaults. The same share of every layer and of each row; blocks only: embeddings, head and norms stay. The paper
+calibrates on 128 sequences of 2,048 tokens of C4; give yours as data=. `update=` goes beyond the paper: any of the
+weight updates that the other solvers bring, for Wanda's mask.
+
 Not as in the published code: counts are exact where scores tie, and norms count tokens, not sequences (a factor).
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Annotated, Any
 
 from torch import nn
@@ -22,8 +25,9 @@ from ...core.catalogue import Method, method
 from ...core.comparison import Within
 from ...in_layers import LayerSolver, Subject, prune_in_layers
 from ...pruning import Pruned
-from ...solvers import Propagate, Solved
+from ...solvers import Propagate, Solved, wanda_scores
 from ..parameters import OneOf, check
+from ._updates import UPDATES, Update, updated
 
 __all__ = ["METHOD", "Wanda", "wanda"]
 
@@ -34,10 +38,12 @@ class Wanda:
 
     Args:
         within: what is compared: the weights of a "row" (default), or of the whole "matrix".
+        update: what is done to the weights that stay: "none" (default), "obs", "admm" or "least-squares".
         propagate: what the next block sees: "pruned" activations (default) or "dense".
     """
 
     within: Annotated[Within, OneOf(("row", "matrix"))] = "row"
+    update: Annotated[Update, OneOf(UPDATES)] = "none"
     propagate: Annotated[Propagate, OneOf(("pruned", "dense"))] = "pruned"
 
     def __post_init__(self) -> None:
@@ -46,13 +52,13 @@ class Wanda:
     @property
     def solver(self) -> LayerSolver:
         """What is done to a matrix."""
-        return LayerSolver("wanda", _solve, within=self.within)
+        return LayerSolver("wanda", partial(_solve, how=self), full=self.update != "none", within=self.within)
 
 
 def wanda(
     model: nn.Module, example_inputs: Any, budget: str | Budget, *, options: Wanda | None = None, **common: Any
 ) -> Pruned:
-    """A copy of `model` with zeros in the layers of its blocks.
+    """A copy of `model` with zeros where the product of weight and input is least.
 
     Args:
         model, example_inputs, budget: as for `prune`; "sparsity=50%" or "2:4".
@@ -64,15 +70,13 @@ def wanda(
         DataError: calibration data are missing or empty.
     """
     how = options or Wanda()
-    return prune_in_layers(
-        model, example_inputs, budget, how.solver, propagate=how.propagate, settings=asdict(how), **common
-    )
+    own: dict[str, Any] = {"propagate": how.propagate, "settings": asdict(how)}
+    return prune_in_layers(model, example_inputs, budget, how.solver, **own, **common)
 
 
-def _solve(subject: Subject) -> Solved:
-    scores = subject.weight.abs().double() * subject.inputs.norm
-    mask = subject.comparison.keep(scores)
-    return Solved(subject.weight * mask, mask)
+def _solve(subject: Subject, how: Wanda) -> Solved:
+    scores = wanda_scores(subject.weight, subject.inputs.norm)
+    return updated(subject, subject.comparison.keep(scores), how.update)
 
 
 METHOD = method(

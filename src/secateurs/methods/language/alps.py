@@ -1,0 +1,100 @@
+"""ALPS: ADMM for the best support of each layer, with a penalty that rises as it settles, then conjugate gradients.
+
+Meng, Behdin, Wang and Mazumder, "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language
+Models", NeurIPS 2024, arXiv 2406.07831. Unit: single weights, or N:M patterns along the inputs. When: after training,
+layer by layer. How: min ‖WX − W'X‖² over matrices with at most k entries, split into a dense and a sparse copy;
+iterations of ADMM in the eigenbasis of the Hessian (algorithm 1) with ρ raised by how much the support still changes,
+and at last ten steps of conjugate gradients on the support that was found (algorithm 2).
+
+Defaults. The released code's: damping 0.01, ρ = 0.1 at first, at most 300 iterations, the whole matrix competes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Annotated, Any
+
+from torch import nn
+
+from ...core.budget import Budget
+from ...core.catalogue import Method, method
+from ...core.comparison import Within
+from ...in_layers import LayerSolver, Subject, prune_in_layers
+from ...pruning import Pruned
+from ...solvers import Propagate, Solved
+from ...solvers import alps as best_support
+from ..parameters import Between, OneOf, check
+
+__all__ = ["METHOD", "Alps", "alps"]
+
+
+@dataclass(frozen=True)
+class Alps:
+    """Hyperparameters.
+
+    Args:
+        damping: share of the mean diagonal of H that is added to it (0.01).
+        rho: ρ at first (0.1).
+        iterations: at most (300).
+        steps: of conjugate gradients (10).
+        within: what is compared: all weights of the "matrix" (default), or those of a "row".
+        propagate: what the next block sees: "pruned" activations (default) or "dense".
+    """
+
+    damping: Annotated[float, Between(0)] = 0.01
+    rho: Annotated[float, Between(0, closed="neither")] = 0.1
+    iterations: Annotated[int, Between(1, whole=True)] = 300
+    steps: Annotated[int, Between(0, whole=True)] = 10
+    within: Annotated[Within, OneOf(("row", "matrix"))] = "matrix"
+    propagate: Annotated[Propagate, OneOf(("pruned", "dense"))] = "pruned"
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @property
+    def solver(self) -> LayerSolver:
+        """What is done to a matrix."""
+        return LayerSolver("alps", partial(_solve, how=self), full=True, within=self.within)
+
+
+def alps(
+    model: nn.Module, example_inputs: Any, budget: str | Budget, *, options: Alps | None = None, **common: Any
+) -> Pruned:
+    """A copy of `model` with zeros, and with the weights that stay moved to make up for them.
+
+    Args:
+        model, example_inputs, budget: as for `prune`; "sparsity=50%" or "2:4".
+        options: hyperparameters.
+        common: data, test, recover, scope, ignore, allocation and the rest of `in_layers.prune_in_layers`' arguments.
+
+    Raises:
+        BudgetError: a budget that is neither a sparsity nor a pattern.
+        DataError: calibration data are missing or empty.
+        ModelError: a hessian that no damping makes positive definite; the message has the layer and its condition.
+    """
+    how = options or Alps()
+    own: dict[str, Any] = {"propagate": how.propagate, "settings": asdict(how)}
+    return prune_in_layers(model, example_inputs, budget, how.solver, **own, **common)
+
+
+def _solve(subject: Subject, how: Alps) -> Solved:
+    return best_support(
+        subject.weight, subject.inputs.known_hessian, subject.comparison, damping=how.damping, rho=how.rho,
+        iterations=how.iterations, steps=how.steps, where=subject.where,
+    )  # fmt: skip
+
+
+METHOD = method(
+    Method(
+        name="alps",
+        title="ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models",
+        arxiv="2406.07831",
+        units=("weight", "N:M"),
+        when=("after training",),
+        how="ADMM on the support, then conjugate gradients, layer by layer",
+        run=alps,
+        needs=("data",),
+        claim="At high sparsity its layers err least of all one-shot methods.",
+    )
+)

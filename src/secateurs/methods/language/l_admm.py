@@ -1,0 +1,99 @@
+"""L-ADMM: the weights that stay by alternating directions (ADMM), with a mask that tightens on the way.
+
+Boža, "Fast and Effective Weight Update for Pruned Large Language Models", TMLR 2024, arXiv 2401.02938. Unit: single
+weights, or N:M patterns along the inputs. When: after training, layer by layer. How: inputs are scaled to norm 1; then
+20 iterations of ADMM between the least-squares fit, one product with a fixed inverse, and the projection on the mask,
+which in the first 15 is chosen anew from |W + U| at a sparsity that rises by a cubic schedule.
+
+Defaults. The released code's: damping 0.1, ρ = 1. There the schedule is computed and, where the whole matrix competes,
+not used; here it is, unless `gradual=False`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Annotated, Any
+
+from torch import nn
+
+from ...core.budget import Budget
+from ...core.catalogue import Method, method
+from ...core.comparison import Within
+from ...in_layers import LayerSolver, Subject, prune_in_layers
+from ...pruning import Pruned
+from ...solvers import Propagate, Solved, admm
+from ..parameters import Between, OneOf, Switch, check
+
+__all__ = ["METHOD", "LAdmm", "l_admm"]
+
+
+@dataclass(frozen=True)
+class LAdmm:
+    """Hyperparameters.
+
+    Args:
+        iterations: 20.
+        refreshes: of the mask, in the first so many iterations (15).
+        gradual: whether the sparsity rises over them (on).
+        damping: share of the diagonal that is added to it (0.1).
+        within: what is compared: all weights of the "matrix" (default), or those of a "row".
+        propagate: what the next block sees: "pruned" activations (default) or "dense".
+    """
+
+    iterations: Annotated[int, Between(1, whole=True)] = 20
+    refreshes: Annotated[int, Between(1, whole=True)] = 15
+    gradual: Annotated[bool, Switch()] = True
+    damping: Annotated[float, Between(0)] = 0.1
+    within: Annotated[Within, OneOf(("row", "matrix"))] = "matrix"
+    propagate: Annotated[Propagate, OneOf(("pruned", "dense"))] = "pruned"
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @property
+    def solver(self) -> LayerSolver:
+        """What is done to a matrix."""
+        return LayerSolver("l-admm", partial(_solve, how=self), full=True, within=self.within)
+
+
+def l_admm(
+    model: nn.Module, example_inputs: Any, budget: str | Budget, *, options: LAdmm | None = None, **common: Any
+) -> Pruned:
+    """A copy of `model` with zeros, and with the weights that stay moved to make up for them.
+
+    Args:
+        model, example_inputs, budget: as for `prune`; "sparsity=50%" or "2:4".
+        options: hyperparameters.
+        common: data, test, recover, scope, ignore, allocation and the rest of `in_layers.prune_in_layers`' arguments.
+
+    Raises:
+        BudgetError: a budget that is neither a sparsity nor a pattern.
+        DataError: calibration data are missing or empty.
+        ModelError: a hessian that no damping makes positive definite; the message has the layer and its condition.
+    """
+    how = options or LAdmm()
+    own: dict[str, Any] = {"propagate": how.propagate, "settings": asdict(how)}
+    return prune_in_layers(model, example_inputs, budget, how.solver, **own, **common)
+
+
+def _solve(subject: Subject, how: LAdmm) -> Solved:
+    return admm(
+        subject.weight, subject.inputs.known_hessian, subject.comparison, iterations=how.iterations,
+        refreshes=how.refreshes, gradual=how.gradual, damping=how.damping, where=subject.where,
+    )  # fmt: skip
+
+
+METHOD = method(
+    Method(
+        name="l-admm",
+        title="Fast and Effective Weight Update for Pruned Large Language Models",
+        arxiv="2401.02938",
+        units=("weight", "N:M"),
+        when=("after training",),
+        how="ADMM with a gradually tightened mask, layer by layer",
+        run=l_admm,
+        needs=("data",),
+        claim="Its layers err less than SparseGPT's, at a comparable cost.",
+    )
+)

@@ -1,0 +1,39 @@
+"""Scores of the entries of a matrix from its inputs: what masks are chosen by when no weight is moved."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..core.errors import OptionError
+
+__all__ = ["relative_importance", "wanda_scores"]
+
+
+def wanda_scores(weight: Tensor, norm: Tensor) -> Tensor:
+    """|w_ij|·‖x_j‖, float64 [rows, columns] (Sun et al. 2024, arXiv 2306.11695, equation 1).
+
+    Args:
+        weight: [rows, columns].
+        norm: [columns], of the inputs.
+    """
+    return weight.abs().double() * norm.double().to(weight.device)
+
+
+def relative_importance(weight: Tensor, norm: Tensor, power: float = 0.5) -> Tensor:
+    """(|w_ij|/Σ_i|w_ij| + |w_ij|/Σ_j|w_ij|)·‖x_j‖^power, float64 [rows, columns] (Zhang et al. 2024, equation 4).
+
+    Args:
+        weight: [rows, columns].
+        norm: [columns], of the inputs.
+        power: of the norm (0.5); 0 is the relative importance alone.
+
+    Raises:
+        OptionError: a negative power.
+    """
+    if not 0 <= power < float("inf"):
+        raise OptionError(f"power must be at least 0, got {power}.")
+    sizes = weight.abs().double()
+    tiny = torch.finfo(sizes.dtype).tiny
+    shares = sizes / sizes.sum(0, keepdim=True).clamp(min=tiny) + sizes / sizes.sum(1, keepdim=True).clamp(min=tiny)
+    return shares * norm.double().to(weight.device).pow(power)

@@ -1,0 +1,185 @@
+"""SparseGPT: one sweep over the columns of a matrix, each removed weight made up for by the columns to its right.
+
+Frantar and Alistarh 2023, arXiv 2301.00774. With U the upper Cholesky factor of H⁻¹ the paper removes a weight of
+column j at the price w_j²/U_jj² and subtracts e·U_j,: from its row, e = w_j/U_jj. The sum of these steps is
+W - W' = E·U, and with R = U⁻ᵀ, lower triangular, H = Rᵀ·R and (W - W')·Rᵀ = E, which is zero where a weight stays. That
+is forward substitution: with M = diag(R)⁻¹·R, a weight of column j that stays changes by minus the sum of M_ji times
+what those of its row with i < j have changed by, and one that goes changes by itself. So no inverse is formed: one
+Cholesky factor is enough.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.budget import units_kept
+from ..core.comparison import Comparison
+from ..core.errors import OptionError
+from ..core.select import per_row, top
+from .obs import check_layer, factor
+from .problem import check_mask
+from .solved import Solved
+
+__all__ = ["sparsegpt"]
+
+# Columns that are finished one by one before a matrix product carries their changes on.
+_PANEL = 32
+
+
+def sparsegpt(
+    weight: Tensor,
+    hessian: Tensor,
+    comparison: Comparison | None = None,
+    *,
+    mask: Tensor | None = None,
+    block: int = 128,
+    damping: float = 0.01,
+    where: str = "the layer",
+    with_scores: bool = False,
+) -> Solved:
+    """`weight` pruned by one sweep, with `loss` = ½·Σe², which is its whole error under the damped hessian.
+
+    The mask of a block is chosen when the sweep reaches it, by w²/U_jj² of the weights as they are by then: over all
+    rows or within each, for every block its share, so that the counts of the whole matrix are exact. Of a pattern, each
+    group is chosen when its first column is reached. The factor is computed in float64, the sweep in the dtype of the
+    weight, at least float32.
+
+    Columns that met only zeros (H_jj = 0) have score 0, cost nothing and so go first; those that need not go keep their
+    weights. SparseGPT's code zeroes them all, whatever was asked for.
+
+    Args:
+        weight: [rows, columns].
+        hessian: [columns, columns], not damped.
+        comparison: how many go, and what is compared; None with a mask.
+        mask: bool [rows, columns], what stays, for the update alone.
+        block: columns that are chosen together (128, the paper); with a pattern, a speed only.
+        damping: see `factor`.
+        where: the layer, for messages.
+        with_scores: w²/U_jj² as the mask was chosen by (with a mask, as it would have been), in the sweep's dtype.
+
+    Raises:
+        OptionError: sizes that do not fit, a pattern that does not divide the columns, or not exactly one of
+            `comparison` and `mask`.
+        ModelError: NaN or infinite numbers, or a hessian that no damping makes positive definite.
+
+    >>> h = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+    >>> made = sparsegpt(torch.ones(1, 2), h, mask=torch.tensor([[False, True]]), damping=0)
+    >>> made.weight, round(made.loss, 4)
+    (tensor([[0.0000, 1.5000]]), 0.75)
+    """
+    check_layer(weight, hessian, where)
+    _check_choice(weight, comparison, mask, block, where)
+    sweep = _begin(weight, hessian, comparison, mask, damping, where, with_scores)
+    pattern = None if comparison is None else comparison.pattern
+    panel = _PANEL if pattern is None else pattern.of
+    width = block if pattern is None else max(block // panel, 1) * panel
+    loss = sum(_sweep_block(sweep, a, min(a + width, weight.shape[1]), panel) for a in range(0, weight.shape[1], width))
+    kept = sweep.keep.T.to(weight.device)
+    made = (weight - sweep.change.T.to(weight.device)).masked_fill_(~kept, 0).to(weight)
+    # A sweep that removes nothing changes nothing, but -0.0 minus -0.0 is 0.0.
+    made = weight.clone() if bool(kept.all()) else made
+    scores = None if sweep.scores is None else sweep.scores.T.to(weight.device)
+    return Solved(made, kept, loss, scores)
+
+
+@dataclass(frozen=True, eq=False)
+class _Sweep:
+    """What is worked on, transposed so that a column lies in one piece: `change`, `keep`, `scores` [columns, rows].
+
+    `change` is W in the columns not reached yet and W - W' in the others. `lower` is M, `pivots` are 1/U_jj².
+    """
+
+    comparison: Comparison | None
+    lower: Tensor
+    pivots: Tensor
+    change: Tensor
+    keep: Tensor
+    scores: Tensor | None
+
+
+def _begin(
+    weight: Tensor,
+    hessian: Tensor,
+    comparison: Comparison | None,
+    mask: Tensor | None,
+    damping: float,
+    where: str,
+    with_scores: bool,
+) -> _Sweep:
+    # With rows and columns reversed, Cholesky's L·Lᵀ becomes Rᵀ·R.
+    root = factor(hessian.flip(0, 1), share=damping, where=where).flip(0, 1).T
+    scale = root.diagonal().clone()
+    change = torch.empty(weight.shape[::-1], dtype=torch.promote_types(weight.dtype, torch.float32), device=root.device)
+    change.copy_(weight.T)[(hessian.diagonal() == 0).to(root.device)] = 0
+    keep = torch.ones_like(change, dtype=torch.bool) if mask is None else mask.T.to(change.device).contiguous()
+    scores = torch.empty_like(change) if with_scores else None
+    lower = root.div_(scale[:, None]).to(change.dtype)
+    return _Sweep(comparison, lower, scale.square(), change, keep, scores)
+
+
+def _sweep_block(sweep: _Sweep, a: int, b: int, panel: int) -> float:
+    """½·Σe² of the columns from a to b, after they are chosen and `change` is final there."""
+    lower, change = sweep.lower, sweep.change
+    by_group = sweep.comparison is not None and sweep.comparison.pattern is not None
+    # What a column changes by if it stays, from those before the block; the columns of the block are added below.
+    drift = (lower[a:b, :a] @ change[:a]).neg_()
+    if not by_group:
+        _choose(sweep, drift, a, b)
+    for c in range(a, b, panel):
+        d = min(c + panel, b)
+        part = drift[c - a : d - a].addmm_(lower[c:d, a:c], change[a:c], alpha=-1)
+        if by_group:
+            _choose(sweep, part, c, d)
+        _finish(sweep, part, c, d)
+    # e·U_jj is 0 where a weight stays, and where it goes the value it had when its column was reached.
+    squares = (change[a:b] - drift).square_().sum(1, dtype=torch.float64)
+    return float((squares * sweep.pivots[a:b]).sum() / 2)
+
+
+def _finish(sweep: _Sweep, drift: Tensor, c: int, d: int) -> None:
+    """Makes `change` final in the columns from c to d, one after the other."""
+    change, lower = sweep.change, sweep.lower
+    for i in range(c, d):
+        column = drift[i - c]
+        if i > c:
+            column.addmv_(change[c:i].T, lower[i, c:i], alpha=-1)
+        torch.where(sweep.keep[i], column, change[i], out=change[i])
+
+
+def _choose(sweep: _Sweep, drift: Tensor, c: int, d: int) -> None:
+    """Sets `keep` of the columns from c to d by their weights as the columns before c leave them."""
+    if sweep.comparison is None and sweep.scores is None:
+        return
+    change, corner = sweep.change[c:d], sweep.lower[c:d, c:d]
+    now = change - torch.linalg.solve_triangular(corner, drift, upper=False, unitriangular=True)
+    # |w|/U_jj ranks as its square does, and cannot overflow where that would.
+    costs = now.abs_().mul_(sweep.pivots[c:d, None].sqrt().to(now.dtype))
+    if sweep.scores is not None:
+        torch.square(costs, out=sweep.scores[c:d])
+    if sweep.comparison is not None:
+        sweep.keep[c:d] = _highest(sweep.comparison, costs.T.contiguous(), c, d).T
+
+
+def _highest(comparison: Comparison, scores: Tensor, c: int, d: int) -> Tensor:
+    """The mask of the columns from c to d; counts are rounded so that those of all blocks add up to the matrix's."""
+    if comparison.pattern is not None:
+        return comparison.keep(scores)
+    each = 1 if comparison.within == "row" else len(scores)
+    k = units_kept(comparison.sparsity, each * d) - units_kept(comparison.sparsity, each * c)
+    return per_row(scores, k) if comparison.within == "row" else top(scores, k)
+
+
+def _check_choice(weight: Tensor, comparison: Comparison | None, mask: Tensor | None, block: int, where: str) -> None:
+    if (comparison is None) == (mask is None):
+        raise OptionError(
+            f"give either a comparison or a mask for {where}; got {'neither' if mask is None else 'both'}."
+        )
+    if mask is not None:
+        check_mask(weight, mask, where)
+    if block < 1:
+        raise OptionError(f"a block has at least 1 column, got {block}.")
+    if comparison is not None:
+        comparison.check(weight, where)
