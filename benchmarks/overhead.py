@@ -95,7 +95,7 @@ def row(name: str, every: dict[str, Contestant]) -> tuple[tuple[str, ...], float
     shown = (
         name,
         f"{1 + overhead:.3f} ({quotients[0]:.3f}–{quotients[-1]:.3f})",
-        f"{1000 * own:.1f}",
+        f"{1000 * own:.1f} ({own / step:.1%})",
         f"{update:.3f}" + (" in every step" if always else ""),
     )
     return shown, overhead, update
@@ -114,13 +114,19 @@ def main() -> None:
         "two steps.",
         held=f"At most {worst:.1%} ({holds(worst <= 0.05)}); an update takes at most {longest:.3f} of a step "
         f"({holds(longest < 2)}).",
-        columns=("pruner", "step with / without (lowest–highest)", "after backward, ms", "mask update, in steps"),
+        columns=(
+            "pruner",
+            "step with / without (lowest–highest)",
+            "after backward, ms (of a step)",
+            "mask update, in steps",
+        ),
         rows=[shown for shown, _, _ in rows],
         data=f"random images, batch {BATCH}, ResNet-56, SGD with momentum; a step without pruner takes "
         f"{median(every[DENSE].whole[1:]):.2f} s",
         seeds=(0,),
-        note=f"Medians of {ROUNDS - 1} rounds, in turn, paired by round; one thread, processor time. The third column "
-        "is what the pruner adds to the optimizer's step; what it adds to the backward pass is in the second only.",
+        note=f"Medians of {ROUNDS - 1} rounds, in turn, paired by round; one thread, processor time. Whole steps "
+        "vary by more than a pruner costs; the third column, what it adds to the optimizer's step, hardly varies. What "
+        "it adds to the backward pass, one operation for each weight, is in the second only.",
     )
 
 

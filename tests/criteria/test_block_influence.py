@@ -10,6 +10,7 @@ import secateurs as sec
 from secateurs.core.depth import LayerGroup
 from secateurs.core.errors import DataError, ModelError, OptionError
 from secateurs.criteria import score
+from secateurs.criteria.block_influence import block_changes
 from tests.criteria.models import account, unruly
 
 
@@ -106,3 +107,53 @@ def test_the_block_of_least_influence_goes() -> None:
         data=[torch.randn(16, 4)],
     )  # fmt: skip
     assert plan.structure.gone(plan.keep) == ("1",)
+
+
+@pytest.mark.parametrize(
+    ("to", "expected"),
+    [
+        ([[1.0, 0.0], [0.0, 1.0]], (0.0, 0.0, 0.0, 0.0)),
+        ([[-1.0, 0.0], [0.0, -1.0]], (2.0, 1.0, 2.0, 1.0)),
+        ([[0.0, -1.0], [1.0, 0.0]], (1.0, 0.5, 1.0, 1.0)),
+        ([[4.0, 0.0], [0.0, 4.0]], (0.0, 0.0, 4.5, 1.5)),
+    ],
+)
+def test_changes_of_a_token_that_is_kept_reversed_turned_and_stretched(
+    to: list[list[float]], expected: tuple[float, ...]
+) -> None:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False)).double()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor(to))
+    x = torch.tensor([[1.0, 0.0], [0.0, -1.0]], dtype=torch.float64)
+    for change, value in zip(("cosine", "angular", "mse", "mae"), expected, strict=True):
+        found = block_changes(model, ["0"], [x], change=change)["0"]
+        assert found == pytest.approx(value, abs=1e-7)
+        if change == "angular":
+            assert block_changes(model, ["0"], [7 * x], change=change)["0"] == pytest.approx(value, abs=1e-7)
+
+
+def test_padding_does_not_count() -> None:
+    class Embedded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.block = nn.Embedding(9, 4), Turn(nn.Linear(4, 4))
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            return self.block(self.embed(input_ids))
+
+    model, ids = Embedded().double(), torch.randint(9, (2, 5))
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    whole = {"input_ids": ids[1:]}
+    found = block_changes(model, ["block"], [{"input_ids": ids, "attention_mask": mask}, whole])["block"]
+    short = [{"input_ids": ids[:1, :3]}, whole, whole]
+    assert found == pytest.approx(block_changes(model, ["block"], short)["block"], rel=1e-9)
+    assert found != pytest.approx(block_changes(model, ["block"], [{"input_ids": ids}, whole])["block"], rel=1e-6)
+
+
+def test_blocks_can_be_scored_by_another_change() -> None:
+    model = nn.Sequential(*(Turn(nn.Linear(5, 5)) for _ in range(2)))
+    data = [torch.randn(4, 5)]
+    found = score("block-influence", model, [blocks(2)], data=data, change="mae")["model"]
+    assert found.tolist() == pytest.approx(list(block_changes(model, ["0", "1"], data, change="mae").values()))
+    with pytest.raises(OptionError, match="change must be one of cosine, angular, mse, mae, got 'kl'"):
+        block_changes(model, ["0"], data, change="kl")

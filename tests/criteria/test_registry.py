@@ -10,8 +10,8 @@ from secateurs.criteria import criteria, criterion, elementwise, get_criterion, 
 from tests.criteria.models import mlp
 
 PUBLISHED = {
-    *("activation-norm", "activation-variance", "block-influence", "crop", "fisher", "grasp", "magnitude"),
-    *("norm-scale", "random", "ria", "snip", "synflow", "taylor", "taylor-signed", "wanda"),
+    *("activation-norm", "activation-variance", "block-influence", "crop", "expert-frequency", "fisher", "grasp"),
+    *("magnitude", "norm-scale", "random", "reap", "ria", "snip", "synflow", "taylor", "taylor-signed", "wanda"),
 }
 
 

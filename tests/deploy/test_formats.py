@@ -123,6 +123,11 @@ def test_numbers_that_are_none_are_refused(name: str, value: float) -> None:
         density(layer)
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_without_weights_stays_dense() -> None:
+    assert unfit(nn.Linear(2, 0), 0.0) == "it has no weights"
+
+
 def test_layers_that_stay_dense() -> None:
     assert unfit(nn.Linear(2, 2), 1.0) == "none of its weights is zero"
     assert unfit(nn.Linear(2, 2), 0.96) == "hardly any of its weights are zero"

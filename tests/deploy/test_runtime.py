@@ -256,6 +256,20 @@ def test_verdicts_where_dense_wins() -> None:
     )
 
 
+def test_the_commonest_reason_is_told() -> None:
+    none = built(mlp(), timer=clock())
+    assert none.verdict.endswith(": no layer changed; 2 of 2: no form wins by 5%.")
+
+
+def test_layers_of_zeros_and_of_blocks() -> None:
+    model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 8), nn.Linear(8, 8)).requires_grad_(False).eval()
+    model[0].weight.zero_()
+    model[1].weight[:4, :4] = model[1].weight[4:, 4:] = 0
+    model[2].weight[:, 1] = 0
+    made = built(model, timer=clock(**{"shrunk": 0.5, "bsr:4x4": 0.4}))
+    assert made.choices == {"0": "shrunk", "1": "bsr:4x4", "2": "shrunk"}
+
+
 def test_other_models_are_timed_beside() -> None:
     made = built(mlp(), beside={"other": mlp()}, timer=clock(csr=0.5, other=0.5))
     assert list(made.timings) == ["dense", "sparse", "other"]

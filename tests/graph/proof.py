@@ -121,7 +121,7 @@ def _keep(run: Run, seed: int, least: int, whole: set[str]) -> dict[str, Tensor]
     generator = torch.Generator().manual_seed(seed)
     keep: dict[str, Tensor] = {}
     resolve = run.recorder.trace.solver.resolve
-    fewest = {a.name: count for dim, count in run.recorder.trace.chosen for a in atoms(resolve(dim))}
+    fewest = {a.name: c.count for c in run.recorder.trace.chosen for a in atoms(resolve(c.dim))}
     for name, n in run.live().items():
         floor = max(least, fewest.get(name, 1))
         count = n if name in whole or floor >= n else int(torch.randint(floor, n, (1,), generator=generator))

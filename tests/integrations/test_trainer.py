@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from secateurs.core.errors import FileError, OptionError, PlanError
+from secateurs.core.errors import FileError, MissingExtraError, OptionError, PlanError
 from secateurs.core.state import read_state, write_state
 from tests.support.loops import BUILDS, STEPS, adam, batches, net, plain_run, zeros
 
@@ -247,7 +247,37 @@ def test_nothing_is_written_without_a_pruner(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("package", ["transformers", "accelerate"])
-def test_without_the_packages_the_extra_is_named(package: str) -> None:
-    code = f"import sys; sys.modules['{package}'] = None; import secateurs.integrations.trainer"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert f"{package} is needed here; install it with: pip install 'secateurs[language]'" in done.stderr
+def test_without_the_packages_the_extra_is_named(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, PruningCallback.__module__)
+    with pytest.raises(MissingExtraError, match=rf"{package} is needed here; .* 'secateurs\[language\]'"):
+        importlib.import_module(PruningCallback.__module__)
+
+
+def test_a_language_model_with_tied_weights_in_bfloat16(tmp_path: Path) -> None:
+    """Saved by `save_pretrained`, resumed, and equal to the run that was not interrupted."""
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    text = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 32, (4 * STEPS, 8))]
+
+    def trained(seed: int, **options: Any) -> tuple[Any, PruningCallback]:
+        torch.manual_seed(seed)
+        model = transformers.LlamaForCausalLM(config)
+        callback = PruningCallback(lambda m, o: BUILDS["pdp"](m, o))
+        args = transformers.TrainingArguments(
+            str(tmp_path), max_steps=STEPS, per_device_train_batch_size=4, use_cpu=True, bf16=True, report_to="none",
+            save_strategy="steps", save_steps=5, disable_tqdm=True, logging_strategy="no", learning_rate=0.01,
+        )  # fmt: skip
+        trainer = transformers.Trainer(model, args, train_dataset=text, callbacks=[callback])
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train(**options)
+        return model, callback
+
+    whole, callback = trained(3)
+    again, _ = trained(8, resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert same(whole, again)
+    masks = callback.pruner.masks
+    assert all(torch.equal(whole.get_parameter(name) != 0, mask) for name, mask in masks.items())
+    assert sum(int(m.sum()) for m in masks.values()) * 4 == sum(m.numel() for m in masks.values())

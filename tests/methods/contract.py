@@ -27,8 +27,11 @@ from secateurs.graph.plan import ModelPlan
 from secateurs.methods.channels.rethinking_value import Protocol
 from secateurs.methods.channels.spa_obspa import Spa
 from secateurs.methods.language.alps import Alps
+from secateurs.methods.language.cfsp import Cfsp
+from secateurs.methods.language.d_pruner import DPruner
 from secateurs.methods.language.dsnot import DSnoT
 from secateurs.methods.language.exact_obs import ExactOBS
+from secateurs.methods.language.flap import Flap
 from secateurs.methods.language.l_admm import LAdmm
 from secateurs.methods.language.perp import Perp
 from secateurs.methods.language.ria import Ria
@@ -71,8 +74,12 @@ class Case:
 
 CASES = {
     "alps": Case("sparsity=75%", "macs<=50%", Alps(iterations=30)),
+    "cfsp": Case("sparsity=50%", "macs<=1%", Cfsp(compensation=True)),
+    # The fine-tuning that finds the importance, and then the recovery.
+    "d-pruner": Case("sparsity=75%", "macs<=50%", DPruner(epochs=3), trainings=2),
     "dsnot": Case("sparsity=75%", "macs<=50%", DSnoT()),
     "exact-obs": Case("sparsity=75%", "macs<=50%", ExactOBS()),
+    "flap": Case("macs<=50%", "macs<=1%", Flap()),
     "l-admm": Case("sparsity=75%", "macs<=50%", LAdmm()),
     "ria": Case("sparsity=75%", "macs<=50%", Ria(update="admm")),
     "sparsegpt": Case("sparsity=75%", "macs<=50%", SparseGPT()),

@@ -21,6 +21,7 @@ NUMBERS = {
     "random-pruning": 10,
     "rethinking-value": 8,
     "spa-obspa": 8,
+    "perp": 8,
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -74,6 +74,7 @@ def wanda(weight: Tensor, hessian: Tensor, comparison: Comparison) -> Tensor:
 
 @pytest.mark.parametrize("rows", [5, 2])
 @pytest.mark.parametrize("comparison", KINDS, ids=str)
+@settings(max_examples=12)
 @given(seeds)
 def test_it_is_the_published_loop(rows: int, comparison: Comparison, seed: int) -> None:
     """Wide matrices (2×8) go through the eigenvectors, others through an inverse; the better of two masks is taken."""
@@ -160,6 +161,7 @@ def test_its_weights_are_nearly_the_best_on_its_mask(sparsity: float) -> None:
 
 
 @pytest.mark.parametrize("comparison", KINDS, ids=str)
+@settings(max_examples=20)
 @given(seeds, st.floats(1e-3, 1e3))
 def test_inputs_of_one_energy_that_do_not_correlate_are_magnitude(
     comparison: Comparison, seed: int, energy: float

@@ -13,6 +13,7 @@ from . import (  # noqa: F401
     neurons,
     norm_layer,
     random,
+    reap,
 )
 from .evidence import Moments, gradients, observe, observing
 from .face import score

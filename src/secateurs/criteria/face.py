@@ -106,8 +106,8 @@ def _check_groups(criterion: Criterion, groups: Sequence[Group]) -> None:
         raise OptionError(f"group names must differ, but {', '.join(map(repr, twice))} occur more than once.")
     for group in groups:
         kind = _kind_of(group)
-        if kind not in criterion.groups:
-            others = ", ".join(c.name for c in criteria() if kind in c.groups)
+        if not _scores(criterion, kind):
+            others = ", ".join(c.name for c in criteria() if _scores(c, kind))
             raise OptionError(
                 f"criterion {criterion.name!r} scores {' and '.join(criterion.groups)} groups, but {group.name!r} is a "
                 f"{kind} group; for it use one of {others}."
@@ -117,7 +117,14 @@ def _check_groups(criterion: Criterion, groups: Sequence[Group]) -> None:
 def _kind_of(group: Group) -> str:
     if isinstance(group, WeightGroup):
         return "weight"
-    return "layer" if isinstance(group, LayerGroup) else "channel"
+    if isinstance(group, LayerGroup):
+        return "layer"
+    return "expert" if group.kind == "expert" else "channel"
+
+
+def _scores(criterion: Criterion, kind: str) -> bool:
+    """Whether it makes sense for a kind of group; experts are channels, too."""
+    return kind in criterion.groups or (kind == "expert" and "channel" in criterion.groups)
 
 
 def check_finite(model: nn.Module) -> None:

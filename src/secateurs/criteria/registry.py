@@ -41,7 +41,8 @@ class Criterion:
         function: see the module's docstring.
         kind: "elementwise" (a saliency per tensor entry, lifted by the face) or "unit" (a score per unit).
         needs: of "inputs" (one batch, for its shape only), "data" (batches) and "labels" (a loss on them).
-        groups: the groups for which it makes sense: of "weight", "channel" and "layer".
+        groups: the groups for which it makes sense: of "weight", "channel", "layer" and, for what makes sense
+            for no other channel, "expert".
         signed: whether scores may be negative; then no mean, sum or maximum of them is a scale.
         lift: defaults of the lifting options.
         fixed: lifting options that belong to the definition, so that the caller cannot set them; of a "unit"
@@ -54,7 +55,7 @@ class Criterion:
     function: Function
     kind: Literal["elementwise", "unit"] = "elementwise"
     needs: tuple[Need, ...] = ()
-    groups: tuple[Literal["weight", "channel", "layer"], ...] = ("weight", "channel", "layer")
+    groups: tuple[Literal["weight", "channel", "layer", "expert"], ...] = ("weight", "channel", "layer")
     signed: bool = False
     lift: Lift = field(default_factory=Lift)
     fixed: tuple[str, ...] = ()

@@ -78,9 +78,14 @@ def density(layer: nn.Module) -> float:
         tensor = getattr(layer, name)
         if tensor is not None and not all_finite(tensor.detach()):
             raise ModelError(f"the {name} of a {type(layer).__name__} has entries that are NaN or infinite")
+    weight = _weight(layer)
+    return int(weight.count_nonzero()) / max(1, weight.numel())
+
+
+def _weight(layer: nn.Module) -> Tensor:
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    return int(weight.count_nonzero()) / max(1, weight.numel())
+    return weight
 
 
 def unfit(layer: nn.Module, kept: float) -> str:
@@ -90,6 +95,8 @@ def unfit(layer: nn.Module, kept: float) -> str:
         layer: for which `is_sparse_layer` holds.
         kept: its density.
     """
+    if not _weight(layer).numel():
+        return "it has no weights"
     if 1 - kept < _FEW:
         return "hardly any of its weights are zero" if kept < 1 else "none of its weights is zero"
     if parametrize.is_parametrized(layer):
@@ -103,8 +110,7 @@ def unfit(layer: nn.Module, kept: float) -> str:
 
 def forms(layer: nn.Module) -> Forms:
     """The forms that the layer's zeros, its type and its device allow."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
+    weight = _weight(layer)
     makers: dict[str, Callable[[], nn.Module]] = {}
     refused: dict[str, str] = {}
     matrix = as_matrix(layer)

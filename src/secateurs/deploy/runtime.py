@@ -102,7 +102,7 @@ class Runtime:
         if not self.layers:
             return "no layer is of a kind that has sparse forms"
         if not self.choices:
-            reason, often = Counter(choice.reason for choice in self.layers).most_common(1)[0]
+            reason, often = Counter(choice.reason.partition(":")[0] for choice in self.layers).most_common(1)[0]
             return f"no layer changed; {often} of {len(self.layers)}: {reason}"
         saved, whole = sum(choice.saved for choice in self.layers), self.timings[DENSE].median
         return f"the layers that changed save {saved / whole:.1%} of the dense model's time, too little to be seen"

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from ..core.cost import CostModel, Monomial
@@ -17,9 +16,8 @@ from ..core.units import ChannelGroup, Member
 from ..solvers.gram import solvable
 from .building import build, changed, switches
 from .structure import Structure, fingerprint
-from .twin import twin
 
-__all__ = ["add_biases", "bias_slots", "with_biases"]
+__all__ = ["bias_slots", "with_biases"]
 
 
 def bias_slots(model: nn.Module, wanted: Collection[str]) -> tuple[str, ...]:
@@ -50,17 +48,6 @@ def _has_slot(model: nn.Module, path: str) -> bool:
     """Whether there is a layer at `path` whose bias is not there but could be."""
     found = dict(model.named_modules()).get(path)
     return found is not None and solvable(found) and found.bias is None
-
-
-def add_biases(model: nn.Module, paths: Collection[str]) -> nn.Module:
-    """A copy of `model` in which each of the layers at `paths`, which have none, has a bias of zeros."""
-    copy = twin(model, {})
-    for path in paths:
-        module = copy.get_submodule(path)
-        weight = module.get_parameter("weight")
-        zeros = torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
-        module.bias = nn.Parameter(zeros, requires_grad=weight.requires_grad)
-    return copy
 
 
 def with_biases(structure: Structure, model: nn.Module) -> Structure:

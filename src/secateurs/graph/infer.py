@@ -148,16 +148,16 @@ def _freeze_blocks(trace: Trace) -> None:
 
     Before that, notes how many of an axis must stay, so that as many can be chosen as the model does.
     """
-    chosen = [(trace.solver.resolve(dim), count) for dim, count in trace.chosen]
-    picked = {dim.name: count for dim, count in chosen if isinstance(dim, Atom)}
+    chosen = [replace(choice, dim=trace.solver.resolve(choice.dim)) for choice in trace.chosen]
+    picked = {choice.dim.name: choice.count for choice in chosen if isinstance(choice.dim, Atom)}
     # What chooses one after the other chooses as many.
-    single = Counter(dim for dim, count in chosen if count == 1)
-    chosen += single.items()
-    for dim, count in chosen:
+    singles = Counter((choice.dim, choice.training) for choice in chosen if choice.count == 1)
+    wanted = [(choice.dim, choice.count) for choice in chosen] + [(dim, n) for (dim, _), n in singles.items()]
+    for dim, count in wanted:
         for atom in atoms(dim):
             enough = (n for n in range(1, atom.n) if size(dim, {**picked, atom.name: n}) >= count)
             trace.least.append((atom, next(enough, atom.n)))
-    for dim, _ in chosen:
+    for dim, _ in wanted:
         for group in list(atoms(dim))[:-1] if isinstance(dim, Product) else ():
             trace.solver.freeze(group, "a group of experts, of which all groups have as many")
 
@@ -190,7 +190,7 @@ def _kinds(trace: Trace) -> dict[str, str]:
         heads.update(dict.fromkeys(found, "head"))
         for dim in others if found else ():
             sizes.update((a.name, "head-size") for a in atoms(trace.solver.resolve(dim)))
-    experts = {a.name: "expert" for dim, _ in trace.chosen for a in atoms(trace.solver.resolve(dim))}
+    experts = {a.name: "expert" for choice in trace.chosen for a in atoms(trace.solver.resolve(choice.dim))}
     return sizes | heads | experts
 
 

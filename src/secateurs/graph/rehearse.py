@@ -371,14 +371,15 @@ def _head_counts(model: nn.Module, trace: Trace) -> dict[str, Dim]:
 
 def _expert_counts(model: nn.Module, trace: Trace) -> dict[str, Dim]:
     """Attributes called like the number of experts, beside tensors of as many, that equal it: they must not lie."""
-    chosen = {trace.solver.resolve(dim) for dim, _ in trace.chosen}
+    resolve = trace.solver.resolve
+    chosen = {dim for dim in (resolve(c.dim) for c in trace.chosen) if any(True for _ in atoms(dim))}
+    carried = [(tensor, resolve(dim)) for tensor, kind in trace.params.items() for dim in kind.dims]
     edits: dict[str, Dim] = {}
-    for tensor, kind in trace.params.items():
-        for dim in (trace.solver.resolve(d) for d in kind.dims):
-            for holder in _chain(tensor.rpartition(".")[0])[:2] if dim in chosen and any(True for _ in atoms(dim)) else ():
-                for name in matching_attributes(model.get_submodule(holder), size(dim)):
-                    if "expert" in name and not any(word in name for word in ("tok", "top", "shared", "active")):
-                        edits[f"{holder}.{name}" if holder else name] = dim
+    for tensor, dim in ((tensor, dim) for tensor, dim in carried if dim in chosen):
+        for holder in _chain(tensor.rpartition(".")[0])[:2]:
+            for name in matching_attributes(model.get_submodule(holder), size(dim)):
+                if "expert" in name and not any(word in name for word in ("tok", "top", "shared", "active")):
+                    edits[f"{holder}.{name}" if holder else name] = dim
     return edits
 
 

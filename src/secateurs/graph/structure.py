@@ -166,9 +166,9 @@ def _doubted_to_list(op: Doubted) -> list[Any]:
 
 def _doubted_from_list(data: Sequence[Any], sizes: Mapping[str, int]) -> Doubted:
     module, name, nth, inputs, outputs, *more = data
-    sides = [tuple(tuple(parse(d, sizes) for d in dims) for dims in side) for side in (inputs, outputs)]
+    given, made = (tuple(tuple(parse(d, sizes) for d in dims) for dims in side) for side in (inputs, outputs))
     into = tuple(None if d is None else parse(d, sizes) for d in (more[0] if more else ()))
-    return Doubted(module, name, nth, *sides, into)
+    return Doubted(module, name, nth, given, made, into)
 
 
 def _group_to_dict(group: ChannelGroup) -> dict[str, Any]:
@@ -180,7 +180,8 @@ def _group_to_dict(group: ChannelGroup) -> dict[str, Any]:
 
 def _group_from_dict(data: Mapping[str, Any], sizes: Mapping[str, int]) -> ChannelGroup:
     members = tuple(Member(t, a, parse(d, sizes), rank, role) for t, a, d, rank, role in data["members"])
-    return ChannelGroup(data["name"], data["size"], data["kind"], members, data.get("multiple", 1), data.get("least", 1))
+    limits = {key: data[key] for key in ("multiple", "least") if key in data}
+    return ChannelGroup(data["name"], data["size"], data["kind"], members, **limits)
 
 
 def fingerprint(model: nn.Module, without: Container[str] = ()) -> str:

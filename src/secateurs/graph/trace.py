@@ -29,6 +29,7 @@ __all__ = [
     "RULES",
     "UNRECORDED",
     "Call",
+    "Choice",
     "Doubted",
     "OpRecord",
     "Seen",
@@ -136,13 +137,22 @@ class Doubted:
         return replace(self, inputs=inputs, outputs=outputs, into=into)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Positions chosen along an axis: how many for each place, and whether in the run in training mode."""
+
+    dim: Dim
+    count: int
+    training: bool
+
+
 @dataclass
 class Trace:
     """What one run of the model taught: types, costs, and which axis of a parameter is contracted.
 
     `heads` holds, of each product of activations, the axis it is batched over and its other axes; `repeats` the axes
     that are copies; `aligned` axes whose size a kernel wants to be a multiple; `chosen` axes along which positions are
-    chosen, and how many; `least` of some how many must stay.
+    chosen; `least` of some how many must stay.
     `copy` is the model that ran. Ops, spans (by the path of the module, in the order of its calls) and MACs are of this
     run; all else may be shared by the traces of several runs of one model.
     """
@@ -160,7 +170,7 @@ class Trace:
     heads: list[tuple[Dim, tuple[Dim, ...]]] = field(default_factory=list)
     aligned: list[tuple[Dim, int]] = field(default_factory=list)
     repeats: list[Dim] = field(default_factory=list)
-    chosen: list[tuple[Dim, int]] = field(default_factory=list)
+    chosen: list[Choice] = field(default_factory=list)
     least: list[tuple[Dim, int]] = field(default_factory=list)
     edits: dict[str, Dim] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
@@ -232,7 +242,7 @@ class Call:
         """What the positions are of that the op chose along `dim`, `count` for each place; None if none can go."""
         if self.all_fixed((dim,)):
             return None
-        self.trace.chosen.append((dim, count))
+        self.trace.chosen.append(Choice(dim, count, self.trace.training))
         self.doubt(dim, f"chosen from: {self.why}")
         return dim
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from ..core.batch import take
 from ..core.errors import DataError, ModelError
 from ..core.finite import all_finite
-from ..graph.biases import add_biases, bias_slots
+from ..graph.biases import bias_slots
 from ..graph.plan import ModelPlan
 from ..graph.structure import Structure
-from ..graph.twin import shared_twin
+from ..graph.twin import shared_twin, twin
+from ..recover.trainable import create_biases
 from ..solvers import Gram, compensation, grams_of, to_matrix
 from ..solvers.gram import TRANSPOSED
 from ..solvers.layerwise import seen_of
@@ -52,8 +53,8 @@ def compensated(model: nn.Module, decided: ModelPlan, data: Iterable[Any]) -> nn
     paths = {tensor: tensor.rpartition(".")[0] for tensor in stays}
     missing = [path for path in paths.values() if _checked(model, decided, path).bias is None]
     grams, _ = grams_of(shared_twin(model), batches, list(paths.values()), full=False, seen=seen_of(batches))
-    slots = bias_slots(model, missing) if missing and _alike(decided) else missing
-    made = add_biases(model, slots)
+    made = twin(model, {})
+    create_biases(made, bias_slots(model, missing) if missing and _alike(decided) else missing)
     with torch.no_grad():
         for tensor, path in paths.items():
             module = made.get_submodule(path)

@@ -23,7 +23,7 @@ def offered(
     scope: str | Sequence[str] | None = None,
     ignore: str | Sequence[str] = (),
 ) -> dict[str, str]:
-    """For each group of these kinds that lies in a block and within the caller's scope, by its name, that block's path.
+    """For each group of these kinds that lies whole in a block and in the caller's scope, by name, that block's path.
 
     Args:
         model, example_inputs: as for `plan`.
@@ -35,8 +35,14 @@ def offered(
         OptionError: a pattern of `scope` or `ignore` matches nothing.
     """
     structure = infer(model, example_inputs, entangled=False)
-    names = [group.name for group in in_scope(structure.groups, scope, ignore) if group.kind in kinds]
-    homes = {name: block for name in names for block in blocks_of(model) if not block or name.startswith(f"{block}.")}
+    blocks = [f"{block}." if block else "" for block in blocks_of(model)]
+    groups = [group for group in in_scope(structure.groups, scope, ignore) if group.kind in kinds]
+    homes = {
+        group.name: block.removesuffix(".")
+        for group in groups
+        for block in blocks
+        if all(tensor.startswith(block) for tensor in group.tensors)
+    }
     if not homes:
         reasons = "; ".join(dict.fromkeys(f.reason for f in structure.frozen[:3])) or "there are none"
         raise ModelError(

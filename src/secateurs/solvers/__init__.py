@@ -14,7 +14,7 @@ from .least_squares import conjugate_gradients, least_squares
 from .obs import damped, inverse, quadratic_error, remove_columns, saliency
 from .permutation import channel_order
 from .scores import relative_importance, wanda_scores
-from .sequential import call_levels, grams_of, solve_in_order
+from .sequential import call_levels, grams_of, recorded, solve_in_order
 from .solved import Solved
 from .sparsegpt import sparsegpt
 from .structured_obs import Level, structured_obs
@@ -41,6 +41,7 @@ __all__ = [
     "layers_by_block",
     "least_squares",
     "quadratic_error",
+    "recorded",
     "relative_importance",
     "remove_columns",
     "saliency",

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.batch import call, device_of, leaves, move, split
+from ..core.batch import Call, call, device_of, leaves, move, split
 from ..core.errors import DataError, ModelError
 from .gram import Gram, is_hf_conv1d
 
-__all__ = ["call_levels", "grams_of", "solve_in_order"]
+__all__ = ["call_levels", "grams_of", "recorded", "solve_in_order"]
 
 Visitor = Callable[[str, nn.Module, Tensor], None]
 Solve = Callable[[str, nn.Module, Gram], None]
@@ -79,6 +79,23 @@ def grams_of(
             if outputs:
                 made.append(output)
     return {name: shared.grams.get(name) or Gram(full=full, dtype=dtype) for name in names}, made
+
+
+def recorded(model: nn.Module, name: str, data: Iterable[Any]) -> list[Call]:
+    """What the module called `name` is given on each batch: one call after the other; "" is the model itself."""
+    found: list[Call] = []
+
+    def record(module: nn.Module, args: Any, kwargs: Any) -> None:
+        found.append(Call(args, kwargs))
+
+    handle = model.get_submodule(name).register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            for batch in data:
+                call(model, move(split(batch)[0], device_of(model)))
+    finally:
+        handle.remove()
+    return found
 
 
 class _Shared:

@@ -124,7 +124,7 @@ def _each_its_own(call: Call) -> bool:
     if call.name == "bincount":
         return True
     low, high, bins = call.args["min"], call.args["max"], call.args["bins"]
-    return low == 0 and bins - 1 <= high <= bins
+    return bool(low == 0 and bins - 1 <= high <= bins)
 
 
 @rule(

@@ -47,7 +47,7 @@ from ...running import claim
 from ...solvers import blocks_of
 from ..compensation import compensated
 from ..offered import offered
-from ..parameters import Between, OneOf, check
+from ..parameters import Between, OneOf, Switch, check
 
 __all__ = ["METHOD", "Cfsp", "cfsp", "importance", "ranks"]
 
@@ -70,7 +70,7 @@ class Cfsp:
     strength: Annotated[float, Between(0)] = 1.0
     score: Annotated[Literal["released", "weight-aware"], OneOf(("released", "weight-aware"))] = "released"
     round_to: Annotated[int, Between(1, whole=True)] = 1
-    compensation: Annotated[bool, OneOf((True, False))] = False
+    compensation: Annotated[bool, Switch()] = False
 
     def __post_init__(self) -> None:
         check(self)

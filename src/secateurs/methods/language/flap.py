@@ -2,8 +2,8 @@
 
 An, Zhao, Yu, Tang and Wang, "Fluctuation-based Adaptive Structured Pruning for Large Language Models", AAAI 2024,
 arXiv 2312.11983. Unit: attention heads (of grouped queries a key-value head with its queries) and the inner channels
-of feed-forward layers, cut out. When: after training, in one pass over calibration data, without gradients. How, for
-each layer W that consumes them and its inputs x:
+of the feed-forward layers of its blocks, cut out. When: after training, in one pass over calibration data, without
+gradients. How, for each layer W that consumes them and its inputs x:
 
     1. scores        WIFV_j = Var(x_j)·||W_:j||², what input j costs W in squared error if a constant takes its place;
                      IFV_j without the weights; WIFN_j the mean over rows of |w_ij|·||x_j||. Of heads it is squared.
@@ -46,7 +46,7 @@ from ...pruning import Pruned, prune
 from ...running import claim
 from ..compensation import compensated
 from ..offered import offered
-from ..parameters import OneOf, check
+from ..parameters import OneOf, Switch, check
 
 __all__ = ["METHOD", "Flap", "flap"]
 
@@ -68,8 +68,8 @@ class Flap:
 
     metric: Annotated[Metric, OneOf(METRICS)] = "wifv"
     structure: Annotated[Structure, OneOf(("AL-AM", "UL-UM"))] = "AL-AM"
-    compensation: Annotated[bool, OneOf((True, False))] = True
-    square_heads: Annotated[bool, OneOf((True, False))] = True
+    compensation: Annotated[bool, Switch()] = True
+    square_heads: Annotated[bool, Switch()] = True
     units: Annotated[Units, OneOf(("heads and channels", "channels"))] = "heads and channels"
 
     def __post_init__(self) -> None:

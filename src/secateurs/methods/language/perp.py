@@ -12,9 +12,9 @@ weights or N:M, by any criterion and allocation. When: after training, once weig
     5. merge     ordinary layers again, with as many exact zeros as before
 
 `Retraining` is the same recovery after any other method, as `recover=Retraining(…)`, and `retrain` is steps 2 to 5 for
-a model that is pruned already. The same parameters trained to give again the outputs of a layer or block, without the
-task's loss, are `recover.reconstruct`. Batch-norm statistics are measured again before the training, as after every
-pruning, and follow it.
+a model that is pruned already. `recover=Reconstruction(…)` trains the same parameters block by block, to give again
+what the dense block made of the same inputs, without the task's loss. Batch-norm statistics are measured again before
+the training, as after every pruning, and follow it.
 
 Defaults. Rank 16, alpha 32, dropout 0, the optimizer and its schedule are the code's; so is the rate of 5e-4, its debug
 preset, which must be tuned: what is best for biases is one to two orders above what is best for all parameters. 1000
@@ -36,21 +36,27 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from ...core.allocate import get_allocation
+from ...core.batch import Call, call, main_output
 from ...core.budget import Budget
 from ...core.catalogue import Method, method
 from ...core.errors import ModelError, OptionError
+from ...core.state import read_state, write_state
 from ...criteria import get_criterion
 from ...pruning import FineTune, Pruned, prune
 from ...recover.adapters import AdapterKind, adaptable, attach
-from ...recover.finetune import Data, History, fine_tune
+from ...recover.context import modes_kept
+from ...recover.finetune import Data, Epoch, History, fine_tune, one_pass
+from ...recover.reconstruct import reconstruct
 from ...recover.trainable import BIASED, create_biases, head_of, is_tied, only_trained, trainable_parameters
 from ...running import claim
+from ...solvers import blocks_of, call_levels, recorded, walk
 from ..parameters import Between, OneOf, Registered, Several, check
 
-__all__ = ["METHOD", "Perp", "Retraining", "Trained", "perp", "retrain", "trained_share"]
+__all__ = ["METHOD", "Perp", "Reconstruction", "Retraining", "Trained", "perp", "retrain", "trained_share"]
 
 Subset = Literal["biases", "norms", "head", "adapters", "all"]
 Kept = Literal["mask-lora", "scale-lora", "lora-prune"]
@@ -112,6 +118,103 @@ class Retraining(FineTune):
         plain = FineTune(**{f.name: getattr(self, f.name) for f in fields(FineTune)})
         with _prepared(model, masks or {}, self.how, seed) as kept:
             return plain.run(model, teacher, data, masks=kept or None, seed=seed, **options)
+
+
+@dataclass(frozen=True)
+class Reconstruction(FineTune):
+    """PERP's reconstruction as the recovery after any method: block after block gives again what the dense one gave.
+
+    Block by block in the order of the forward pass, each on the outputs of the reconstructed ones before it; the target
+    is what the dense block makes of the same inputs. No labels are needed. A history has one record a part, whose loss
+    is the mean squared error that is left.
+
+    >>> Reconstruction(steps=100, lr=1e-3, parts="halves").parts
+    'halves'
+
+    Args:
+        steps: for each part.
+        how: what trains, of "biases", "norms" and "adapters"; its own steps and rate have no effect here.
+        parts: what is reconstructed at a time: "blocks" (default, the paper), "halves" of blocks, which are what lies
+            directly in them, as attention and MLP (Zimmer et al. 2025, arXiv 2510.14444), or single "layers".
+        others: as for `FineTune`; there is no teacher but the dense model, and no epochs.
+    """
+
+    lr: float = 5e-4
+    optimizer: str = "adamw"
+    weight_decay: float = 0.0
+    schedule: str = "linear-warmup"
+    how: Perp = field(default_factory=Perp)
+    parts: Literal["blocks", "halves", "layers"] = "blocks"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps is None or self.optimizer != "adamw" or {"head", "all"} & set(self.how.train):
+            raise OptionError("a reconstruction takes steps, adamw, and of what trains biases, norms and adapters.")
+        if self.parts not in ("blocks", "halves", "layers"):
+            raise OptionError(f"parts must be blocks, halves or layers, got {self.parts!r}.")
+
+    def run(
+        self, model: nn.Module, teacher: nn.Module, data: Data, *, masks: Mapping[str, Tensor] | None = None,
+        seed: int = 0, checkpoint: str | Path | None = None, **_: Any,
+    ) -> History:  # fmt: skip
+        """The history of reconstructing the blocks of `model`, which has ordinary layers afterwards."""
+        batches = list(one_pass(self.training_data(data)))
+        records: list[Epoch] = []
+
+        def visit(name: str, block: nn.Module, calls: list[Call]) -> list[Any]:
+            kept = None if checkpoint is None else Path(checkpoint) / f"{len(records):04}.safetensors"
+            records.extend(
+                self._block(block, teacher.get_submodule(name), calls, _below(name, masks or {}), seed, kept)
+            )
+            with torch.no_grad():
+                return [call(block, given) for given in calls]
+
+        with modes_kept(model), modes_kept(teacher):
+            model.eval()
+            teacher.eval()
+            walk(model, batches, blocks_of(model), visit)
+        return History(tuple(records))
+
+    def _block(
+        self, block: nn.Module, dense: nn.Module, calls: list[Call], masks: Mapping[str, Tensor], seed: int,
+        kept: Path | None,
+    ) -> list[Epoch]:  # fmt: skip
+        """One record for each part of the block, which is reconstructed in place, or as it was kept."""
+        if kept is not None and kept.exists():
+            state = read_state(kept, "reconstructed block")
+            block.load_state_dict(state["block"])
+            return [Epoch(**record) for record in state["records"]]
+        records = []
+        for part in self._parts(block, calls, masks):
+            inside = _below(part, masks)
+            given = recorded(block, part, calls)
+            with torch.no_grad():
+                targets = [main_output(call(dense.get_submodule(part), one)) for one in given]
+            _, after = self._part(block.get_submodule(part), given, targets, inside, seed)
+            records.append(Epoch(self.steps or 0, after, self.lr))
+        if kept is not None:
+            write_state(
+                kept, {"block": block.state_dict(), "records": [vars(r) for r in records]}, "reconstructed block"
+            )
+        return records
+
+    def _part(
+        self, part: nn.Module, given: list[Call], targets: list[Tensor], masks: Mapping[str, Tensor], seed: int
+    ) -> tuple[float, float]:
+        train = [subset for subset in self.how.train if masks or subset != "adapters"]
+        with _prepared(part, masks, replace(self.how, train=tuple(train)), seed):
+            return reconstruct(
+                part, given, targets, steps=self.steps or 0, lr=self.lr, train=train, schedule=self.schedule,
+                weight_decay=self.weight_decay,
+            )  # fmt: skip
+
+    def _parts(self, block: nn.Module, calls: list[Call], masks: Mapping[str, Tensor]) -> list[str]:
+        """Names of the parts that hold pruned layers, in the order of their calls; "" is the block itself."""
+        if self.parts == "blocks" or not masks:
+            return [""] if masks else []
+        layers = [name.rpartition(".")[0] for name in masks]
+        names = layers if self.parts == "layers" else [name.partition(".")[0] for name in layers]
+        return [name for level in call_levels(block, calls[:1], list(dict.fromkeys(names))) for name in level]
 
 
 @dataclass(frozen=True)
@@ -200,6 +303,13 @@ def trained_share(model: nn.Module, masks: Mapping[str, Tensor], how: Perp) -> T
     by: dict[str, int] = {subset: sum(p.numel() for p in found.values()) for subset, found in plain.items()}
     total = sum(parameter.numel() for parameter in model.parameters())
     return Trained(sum(chosen.values()) + low, total, by | ({"adapters": low} if adapted else {}))
+
+
+def _below(name: str, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The masks of what lies in the module called `name`, by the names that it has for them."""
+    if not name:
+        return dict(masks)
+    return {key.removeprefix(f"{name}."): mask for key, mask in masks.items() if key.startswith(f"{name}.")}
 
 
 @contextmanager
