@@ -119,8 +119,9 @@ def test_a_killed_run_goes_on_to_the_same_bits(model: Net, data: list[Any], tmp_
         calls.append(subject.where)
         return magnitude(subject)
 
-    def stop(name: str) -> None:
-        if name == "blocks.1":
+    def stop(done: Any) -> None:
+        assert done.detail == f"block {done.number} of 3"
+        if done.name == "blocks.1":
             raise KeyboardInterrupt
 
     solver = LayerSolver("by-size", counted)

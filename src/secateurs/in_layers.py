@@ -26,7 +26,7 @@ from .pruning import FineTune, Pruned, completed
 from .recover.context import seeded
 from .running import Clock, Stage, claim
 from .solvers import Gram, Solved, blocks_of, from_matrix, quadratic_error, solvable, to_matrix
-from .solvers.layerwise import Gathering, Propagate, layers_by_block, solve_blocks
+from .solvers.layerwise import BlockDone, Gathering, Propagate, layers_by_block, solve_blocks
 from .solvers.ranks import first, wait
 from .summary import Findings, quality_of
 from .train.scope import divided_weights, prunable_weights
@@ -121,7 +121,7 @@ def prune_in_layers(
     checkpoint: str | Path | None = None,
     on_stage: Stage | None = None,
     on_step: Callable[[Any], None] | None = None,
-    on_block: Callable[[str], None] | None = None,
+    on_block: Callable[[BlockDone], None] | None = None,
     name: str | None = None,
     scope: str | Sequence[str] | None = None,
     ignore: str | Sequence[str] = (),
@@ -141,7 +141,7 @@ def prune_in_layers(
         data: calibration batches, all held at once together with one block's activations.
         sensitivities, budgets: refused, since nothing is scored once from which other decisions could be made.
         checkpoint: a folder that keeps every block that is done.
-        on_block: told the name of each.
+        on_block: told of each.
         allocation, allocation_options: a density rule of `core.allocate`; uniform is what papers do.
         propagate, levels: see `solvers.layerwise.Gathering`.
         settings: the method's own, by which a checkpoint knows its run.
@@ -232,7 +232,7 @@ def solve_layers(
     gathering: Gathering,
     *,
     folder: Path | None = None,
-    on_block: Callable[[str], None] | None = None,
+    on_block: Callable[[BlockDone], None] | None = None,
 ) -> Outcome:
     """What was found in solving the layers of `model`, whose weights are changed in place.
 

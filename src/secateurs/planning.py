@@ -290,9 +290,19 @@ def _units(
     if recipe.scope is not None or recipe.ignore:
         structure = structure.restricted(g.name for g in in_scope(structure.groups, recipe.scope, recipe.ignore))
     if not structure.groups:
-        reasons = "; ".join(dict.fromkeys(f.reason for f in structure.frozen[:3])) or "no layer has a free width"
+        reasons = "; ".join(dict.fromkeys(_reasons(structure, unit))) or "no layer has a free width"
         raise ModelError(f"nothing to prune in {type(model).__name__} at this granularity: {reasons}.")
     return structure, structure.groups, structure.costs
+
+
+def _reasons(structure: Structure, unit: Granularity) -> list[str]:
+    """The first three reasons for which widths stay; of experts, those for which what chooses among them does."""
+    reasons = [frozen.reason for frozen in structure.frozen]
+    if unit.kinds != ("expert",):
+        return reasons[:3]
+    code = "code that walks through experts one by one cannot follow (in transformers: use 'grouped_mm' experts)"
+    looked_up = [reason for reason in reasons if "positions" in reason]
+    return [*looked_up[:2], code] if looked_up else ["nothing is chosen along an axis of its parameters"]
 
 
 def _layers(model: nn.Module, example_inputs: Any, recipe: Recipe) -> LayerStructure:

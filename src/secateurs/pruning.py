@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .core.batch import Loss, split, take
 from .core.budget import Budget
-from .core.catalogue import get_method
+from .core.catalogue import Method, get_method
 from .core.errors import OptionError
 from .deploy.store import load_extra, load_model, save_model
 from .graph.plan import ModelPlan, digest
@@ -152,6 +152,7 @@ def prune(
     checkpoint: str | Path | None = None,
     on_stage: Stage | None = None,
     on_step: Callable[[Any], None] | None = None,
+    on_block: Callable[[Any], None] | None = None,
     name: str | None = None,
     repair: Repair | None = None,
     **options: Any,
@@ -178,7 +179,8 @@ def prune(
         inplace: the result's modules take the place of those of `model`, which is also the result's model.
         checkpoint: a folder in which the plan and the training are kept, so that a killed run resumes to the same
             result; nothing is kept without it.
-        on_stage, on_step: told the name of each stage, and each training step, for a progress bar.
+        on_stage, on_step, on_block: told the name of each stage, each training step, and each block of a method that
+            goes through a model block by block, for a progress bar.
         name: of the model, for the report.
         repair: `(model, plan) -> model`, a copy of the same shapes with other weights, to which the plan is applied; a
             closed-form solver of a method.
@@ -202,6 +204,8 @@ def prune(
             "measure": measure, "sensitivities": sensitivities, "budgets": budgets, "inplace": inplace,
             "checkpoint": checkpoint, "on_stage": on_stage, "on_step": on_step, "name": name,
         }  # fmt: skip
+        if on_block is not None and _takes(method, "on_block"):
+            common["on_block"] = on_block
         return _by_method(method, options)(model, example_inputs, budget, **common, **options)
     batches = batches_of(data)
     if recover is not None:
@@ -304,10 +308,19 @@ def _sweep(
     notes.front = front(model, decided, budgets, tests, data=data, timed=timed)
 
 
-def _by_method(name: str, options: Iterable[str]) -> Callable[..., Pruned]:
+def _takes(name: str, argument: str) -> bool:
+    """Whether the method called `name` has an argument of its own of that name."""
+    return argument in signature(_method(name).run).parameters
+
+
+def _method(name: str) -> Method:
     # Methods stand on this module, so that they are known only once it is there.
     import_module(f"{__package__}.methods")
-    chosen = get_method(name)
+    return get_method(name)
+
+
+def _by_method(name: str, options: Iterable[str]) -> Callable[..., Pruned]:
+    chosen = _method(name)
     run: Callable[..., Pruned] = chosen.run
     if "builder" in chosen.needs:
         raise OptionError(f"{name} compares trainings of a fresh network: call {run.__module__}.{run.__qualname__}.")

@@ -87,9 +87,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     built("llama", tmp_path / "before", dtype=dtype)
     options = Wanda(propagate=propagate)
 
-    def stop(name: str, number: int, total: int) -> None:
-        assert total == 3
-        if number == 2:
+    def stop(done: Any) -> None:
+        assert done.total == 3
+        if done.number == 2:
             raise KeyboardInterrupt
 
     def run(out: str, **more: Any) -> None:

@@ -27,7 +27,9 @@ from secateurs.graph.plan import ModelPlan
 from secateurs.methods.channels.rethinking_value import Protocol
 from secateurs.methods.channels.spa_obspa import Spa
 from secateurs.methods.language.alps import Alps
+from secateurs.methods.language.ast import Ast
 from secateurs.methods.language.cfsp import Cfsp
+from secateurs.methods.language.compresso import Compresso
 from secateurs.methods.language.d_pruner import DPruner
 from secateurs.methods.language.dsnot import DSnoT
 from secateurs.methods.language.exact_obs import ExactOBS
@@ -37,6 +39,7 @@ from secateurs.methods.language.perp import Perp
 from secateurs.methods.language.ria import Ria
 from secateurs.methods.language.sparsegpt import SparseGPT
 from secateurs.methods.language.wanda import Wanda
+from secateurs.methods.language.ziplm import ZipLM
 from secateurs.methods.parameters import rules_of
 from secateurs.methods.weights.global_magnitude import Global
 from secateurs.methods.weights.gradual_magnitude import Gradual
@@ -77,6 +80,7 @@ CASES = {
     "cfsp": Case("sparsity=50%", "macs<=1%", Cfsp(compensation=True)),
     # The fine-tuning that finds the importance, and then the recovery.
     "d-pruner": Case("sparsity=75%", "macs<=50%", DPruner(epochs=3), trainings=2),
+    "ast": Case("sparsity=75%", "macs<=50%", Ast(score="wanda", every=2, booster="fold", run=4)),
     "dsnot": Case("sparsity=75%", "macs<=50%", DSnoT()),
     "exact-obs": Case("sparsity=75%", "macs<=50%", ExactOBS()),
     "flap": Case("macs<=50%", "macs<=1%", Flap()),
@@ -85,6 +89,8 @@ CASES = {
     "sparsegpt": Case("sparsity=75%", "macs<=50%", SparseGPT()),
     "wanda": Case("sparsity=75%", "macs<=50%", Wanda(update="least-squares")),
     # Floors of 3 weights in both layers; a sparsity of 98% leaves 4.
+    # So high a rate that twelve steps are enough for gates to close.
+    "compresso": Case("sparsity=50%", "params<=2%", Compresso(rank=4, gate_lr=1.0)),
     "global-magnitude": Case("sparsity=75%", "sparsity=98%", Global(minimum=2)),
     "gradual-magnitude": Case("sparsity=75%", "macs<=50%", Gradual(updates=3)),
     "granet": Case("sparsity=75%", "macs<=50%", Neuroregeneration(updates=6)),
@@ -102,6 +108,7 @@ CASES = {
         "sparsity=75%,macs<=1%",
         Grid(settings=(1, 2), epochs=2, retrain_epochs=1, copies=2, seeds=(0, 1)),
     ),
+    "ziplm": Case("macs<=50%", "macs<=1%", ZipLM(starts=3, failures=3)),
 }
 
 Check = Callable[[Method, Case, Path], None]

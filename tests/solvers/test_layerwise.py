@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.core.errors import ModelError, OptionError
-from secateurs.solvers import Gathering, Gram, layers_by_block, solve_blocks
+from secateurs.solvers import BlockDone, Gathering, Gram, layers_by_block, solve_blocks
 
 
 class Block(nn.Module):
@@ -80,10 +80,14 @@ def test_each_layer_is_solved_on_what_the_setting_says(propagate: str, levels: b
         return nothing(module)
 
     gathering = Gathering(dtype=torch.float64, propagate=propagate, levels=levels)  # type: ignore[arg-type]
-    blocks: list[str] = []
-    solve_blocks(model, data, layers_by_block(model, NAMES), solve, gathering, on_block=blocks.append)
+    blocks: list[tuple[str, float]] = []
+
+    def told(done: BlockDone) -> None:
+        blocks.append((done.name, done.share))
+
+    solve_blocks(model, data, layers_by_block(model, NAMES), solve, gathering, on_block=told)
     assert list(seen) == NAMES
-    assert blocks == ["layers.0", "layers.1"]
+    assert blocks == [("layers.0", 0.5), ("layers.1", 1.0)]
     for name, value in wanted.items():
         torch.testing.assert_close(seen[name], value, rtol=1e-12, atol=1e-12)
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import advise, bench, demo, inspect, methods, prune, report, worth
+from . import advise, bench, demo, inspect, methods, prune, report, stream, worth
 from ._options import flat
 
 __all__ = ["app", "main"]
@@ -19,7 +19,10 @@ app = typer.Typer(
     # An error is one sentence; --debug shows where it came from.
     pretty_exceptions_enable=False,
 )
-for _command in (prune.prune, inspect.inspect, methods.methods, report.report, bench.bench, worth.worth, demo.demo):
+for _command in (
+    *(prune.prune, stream.stream, inspect.inspect, methods.methods, report.report, bench.bench, worth.worth),
+    demo.demo,
+):
     app.command()(flat(_command))
 app.add_typer(advise.advise, name="advise")
 

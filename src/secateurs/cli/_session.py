@@ -127,13 +127,13 @@ class Stages:
 
     def __enter__(self) -> Stages:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         console = Console(stderr=True)
         if console.is_terminal and not self._session.quiet:
             columns = (
                 *(SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn()),
-                *(TextColumn("{task.fields[detail]}", markup=False), TimeElapsedColumn()),
+                *(TextColumn("{task.fields[detail]}", markup=False), TimeElapsedColumn(), TimeRemainingColumn()),
             )
             self._bar = Progress(*columns, console=console, transient=True, redirect_stdout=False)
             self._bar.start()
@@ -153,6 +153,6 @@ class Stages:
         self._task = self._bar.add_task(stage, total=None, detail="")
 
     def step(self, progress: Any) -> None:
-        """None; a training step was taken (`recover.Progress`)."""
+        """None; a training step was taken (`recover.Progress`), or a block is done (`solvers.layerwise.BlockDone`)."""
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, total=1.0, completed=progress.share, detail=f"loss {progress.loss:.3f}")
+            self._bar.update(self._task, total=1.0, completed=progress.share, detail=progress.detail)

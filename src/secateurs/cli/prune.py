@@ -7,6 +7,7 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from enum import Enum
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -40,6 +41,7 @@ class Export(str, Enum):
 
     onnx = "onnx"
     program = "program"
+    huggingface = "huggingface"
 
 
 def prune(
@@ -106,7 +108,10 @@ def prune(
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Time both models in one run.")] = True,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
     export: Annotated[
-        list[Export] | None, typer.Option("--export", help="Also write OUT.onnx or OUT.pt2; repeatable.")
+        list[Export] | None,
+        typer.Option(
+            "--export", help="Also write OUT.onnx, OUT.pt2, or the folder OUT.hf for from_pretrained; repeatable."
+        ),
     ] = None,
     opening: Opening,
     output: Output,
@@ -145,6 +150,7 @@ def prune(
                     checkpoint=work,
                     on_stage=stages.begin,
                     on_step=stages.step,
+                    on_block=stages.step,
                     name=source.name,
                     **options,
                 )
@@ -297,11 +303,17 @@ def _exported(made: Pruned, source: LoadedModel, place: Path, wanted: list[Expor
     """The files written beside the folder, by their kind."""
     from ..deploy import export_onnx, export_program
     from ..integrations.onnx import write_verified
+    from ..integrations.pretrained import export_pretrained
     from ..onnx import OnnxModule
 
+    tokenizer = None if source.text is None else source.text.tokenizer
     to_onnx = write_verified if isinstance(made.model, OnnxModule) else export_onnx
     writers: dict[Export, tuple[Callable[..., Path], str]]
-    writers = {Export.onnx: (to_onnx, ".onnx"), Export.program: (export_program, ".pt2")}
+    writers = {
+        Export.onnx: (to_onnx, ".onnx"),
+        Export.program: (export_program, ".pt2"),
+        Export.huggingface: (partial(export_pretrained, tokenizer=tokenizer), ".hf"),
+    }
     files = {}
     for kind in dict.fromkeys(wanted):
         write, suffix = writers[kind]

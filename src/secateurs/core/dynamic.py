@@ -127,8 +127,8 @@ def search(
     """
     if modules < 1 or starts < 0 or failures < 0 or not 0 <= share <= 1:
         raise OptionError(
-            f"a search needs at least 1 module, starts and failures of at least 0 and a share in [0, 1]; got {modules}, "
-            f"{starts}, {failures} and {share}."
+            "a search needs at least 1 module, starts and failures of at least 0 and a share in [0, 1]; got "
+            f"{modules}, {starts}, {failures} and {share}."
         )
     generator = torch.Generator().manual_seed(seed)
     known: dict[Choice, float] = {}
@@ -159,9 +159,7 @@ def search(
     return Found(solve(best), lowest, len(known))
 
 
-def _check(
-    errors: Sequence[Sequence[float]], prices: Sequence[Sequence[float]], budget: float, buckets: int
-) -> None:
+def _check(errors: Sequence[Sequence[float]], prices: Sequence[Sequence[float]], budget: float, buckets: int) -> None:
     if [len(levels) for levels in errors] != [len(levels) for levels in prices] or not all(map(len, errors)):
         raise OptionError("each module needs at least one level, with one error and one price for each.")
     numbers = [number for part in (errors, prices) for levels in part for number in levels]

@@ -103,6 +103,8 @@ def unfit(layer: nn.Module, kept: float) -> str:
         return "its weight is parametrized: it is made anew at each call"
     if layer._forward_hooks or layer._forward_pre_hooks:
         return "it has hooks, which another form would not run"
+    if any(True for _ in layer.children()):
+        return "it has a branch beside its weight, which another form would not run"
     if getattr(layer, "padding_mode", "zeros") != "zeros":
         return f"its padding is {layer.padding_mode!r}"
     return ""

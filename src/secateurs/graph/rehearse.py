@@ -369,6 +369,10 @@ def _head_counts(model: nn.Module, trace: Trace) -> dict[str, Dim]:
     return edits
 
 
+# Of the names of attributes that count experts, but not all of a router's.
+_OTHER_EXPERTS = ("tok", "top", "shared", "active", "select")
+
+
 def _expert_counts(model: nn.Module, trace: Trace) -> dict[str, Dim]:
     """Attributes called like the number of experts, beside tensors of as many, that equal it: they must not lie."""
     resolve = trace.solver.resolve
@@ -378,7 +382,7 @@ def _expert_counts(model: nn.Module, trace: Trace) -> dict[str, Dim]:
     for tensor, dim in ((tensor, dim) for tensor, dim in carried if dim in chosen):
         for holder in _chain(tensor.rpartition(".")[0])[:2]:
             for name in matching_attributes(model.get_submodule(holder), size(dim)):
-                if "expert" in name and not any(word in name for word in ("tok", "top", "shared", "active")):
+                if "experts" in name and not any(word in name for word in _OTHER_EXPERTS):
                     edits[f"{holder}.{name}" if holder else name] = dim
     return edits
 

@@ -23,7 +23,7 @@ from ..core.folder import replace_file
 from ..in_layers import LayerSolver, layers_to_solve, solved
 from ..running import claim
 from ..solvers import Gram, blocks_of, to_matrix
-from ..solvers.layerwise import Gathering, Propagate, layers_by_block, solve_blocks
+from ..solvers.layerwise import BlockDone, Gathering, Propagate, layers_by_block, solve_blocks
 from ..solvers.ranks import first, wait
 from .shards import Shards, write_index, write_shard
 
@@ -116,7 +116,7 @@ def prune_checkpoint(
     scope: str | Sequence[str] | None = None,
     ignore: str | Sequence[str] = (),
     dtype: torch.dtype | None = None,
-    on_block: Callable[[str, int, int], None] | None = None,
+    on_block: Callable[[BlockDone], None] | None = None,
     on_memory: Callable[[int], None] | None = None,
     trust_remote_code: bool = False,
 ) -> Streamed:
@@ -134,7 +134,7 @@ def prune_checkpoint(
         scope, ignore: patterns of layer names.
         dtype: in which blocks are computed; default: that of the checkpoint. float32 is slower for narrower ones and
             more exact.
-        on_block: told the name of each block that is done, its number from 1, and how many there are.
+        on_block: told of each block that is done.
         on_memory: told the predicted peak in bytes, before anything is read.
         trust_remote_code: run a model's own Python code.
 
@@ -160,15 +160,8 @@ def prune_checkpoint(
         claim(place / _PROGRESS, settings)
     _load(source.model, source.needed(), source.shards, source.dtype)
     run = _Run(source, place, layers, comparisons, solver, options.propagate)
-    done: list[str] = []
-
-    def told(name: str) -> None:
-        done.append(name)
-        if on_block is not None:
-            on_block(name, len(done), len(layers))
-
     gathering = Gathering(full=solver.full, propagate=options.propagate)
-    solve_blocks(source.model, batches, layers, run.solve, gathering, note=run.note, hold=run.hold, on_block=told)
+    solve_blocks(source.model, batches, layers, run.solve, gathering, note=run.note, hold=run.hold, on_block=on_block)
     _unload(source.model)
     if first():
         run.finish()

@@ -1,8 +1,8 @@
 """Seconds of the parts of a model at each level of their widths, measured here on parts that are really cut.
 
-A speed-up that parameters or MACs promise is not what a machine gives; so a part, such as an attention or a feed-forward
-layer, is timed at every level of a grid (ZipLM, Kurtic, Frantar and Alistarh 2023, arXiv 2302.04089). Times of parts add
-up to the time of a model only where no part waits for another, as on a CPU or within one stream of a GPU.
+A speed-up that parameters or MACs promise is not what a machine gives; so a part, such as an attention or a
+feed-forward layer, is timed at every level of a grid (ZipLM, Kurtic, Frantar and Alistarh 2023, arXiv 2302.04089).
+Times of parts add up to the time of a model where they run one after the other, as on a CPU or in a stream of a GPU.
 """
 
 from __future__ import annotations
@@ -78,8 +78,7 @@ def latency_table(
             whole = model if count == leader.size else smaller(leader.name, count)
             jobs[f"{number}/{count}"] = whole.get_submodule(path)
             inputs[f"{number}/{count}"] = call
-    with without_cache(model):
-        taken = timer(jobs, inputs)
+    taken = timer(jobs, inputs)
     entries = {
         group.name: tuple(homes[group.name][2] * taken[f"{number}/{count}"] for count in counts[group.name])
         for number, members in enumerate(kinds.values())

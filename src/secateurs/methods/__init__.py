@@ -1,12 +1,29 @@
 """The catalogue: one file a published system, in folders by the unit it prunes. Importing it registers them all."""
 
 from .channels import rethinking_value, spa_obspa
-from .language import alps, cfsp, d_pruner, dsnot, exact_obs, flap, l_admm, perp, ria, sparsegpt, wanda
+from .language import (
+    alps,
+    ast,
+    cfsp,
+    compresso,
+    d_pruner,
+    dsnot,
+    exact_obs,
+    flap,
+    l_admm,
+    perp,
+    ria,
+    sparsegpt,
+    wanda,
+    ziplm,
+)
 from .weights import global_magnitude, gradual_magnitude, granet, pdp, pq_index_sap, random_pruning, three_regime
 
 __all__ = [
     "alps",
+    "ast",
     "cfsp",
+    "compresso",
     "d_pruner",
     "dsnot",
     "exact_obs",
@@ -25,4 +42,5 @@ __all__ = [
     "sparsegpt",
     "three_regime",
     "wanda",
+    "ziplm",
 ]

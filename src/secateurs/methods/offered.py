@@ -23,7 +23,10 @@ def offered(
     scope: str | Sequence[str] | None = None,
     ignore: str | Sequence[str] = (),
 ) -> dict[str, str]:
-    """For each group of these kinds that lies whole in a block and in the caller's scope, by name, that block's path.
+    """For each group of these kinds that lies in blocks and in the caller's scope, by its name, the path of its block.
+
+    A width that leads from one block into another is a stream and is left out. Heads may be of several blocks, as those
+    of T5 are, whose position biases are of the first block and serve all: their block is the first.
 
     Args:
         model, example_inputs: as for `plan`.
@@ -35,14 +38,12 @@ def offered(
         OptionError: a pattern of `scope` or `ignore` matches nothing.
     """
     structure = infer(model, example_inputs, entangled=False)
-    blocks = [f"{block}." if block else "" for block in blocks_of(model)]
-    groups = [group for group in in_scope(structure.groups, scope, ignore) if group.kind in kinds]
-    homes = {
-        group.name: block.removesuffix(".")
-        for group in groups
-        for block in blocks
-        if all(tensor.startswith(block) for tensor in group.tensors)
-    }
+    blocks = blocks_of(model)
+    homes: dict[str, str] = {}
+    for group in in_scope(structure.groups, scope, ignore):
+        found = list(dict.fromkeys(_home(tensor, blocks) for tensor in group.tensors))
+        if group.kind in kinds and found[0] is not None and None not in found:
+            homes |= {group.name: found[0]} if len(found) == 1 or group.kind == "head" else {}
     if not homes:
         reasons = "; ".join(dict.fromkeys(f.reason for f in structure.frozen[:3])) or "there are none"
         raise ModelError(
@@ -50,3 +51,7 @@ def offered(
             f"{reasons}."
         )
     return homes
+
+
+def _home(tensor: str, blocks: Sequence[str]) -> str | None:
+    return next((block for block in blocks if not block or tensor.startswith(f"{block}.")), None)

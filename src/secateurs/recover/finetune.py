@@ -64,6 +64,11 @@ class Progress:
     loss: float
     lr: float
 
+    @property
+    def detail(self) -> str:
+        """In words."""
+        return f"loss {self.loss:.3f}"
+
 
 @dataclass(frozen=True)
 class Epoch:
@@ -149,7 +154,8 @@ def fine_tune(
         epochs: passes over the data; give this or `steps`.
         steps: optimizer steps, over as many passes as they take.
         lr: initial learning rate.
-        optimizer: "sgd" (momentum 0.9), "adam", "adamw", or a function `(parameters, lr) -> optimizer`.
+        optimizer: "sgd" (momentum 0.9), "adam", "adamw", or a function `(parameters, lr) -> optimizer`, whose groups
+            with `scheduled=False` keep their rate.
         weight_decay: of a named optimizer.
         schedule: "cosine" (to 0), "constant", "linear" (to 0), "linear-warmup" (the first tenth goes up), "step" (×0.1
             at ½ and ¾), or a function from progress in [0, 1) to a factor on every group's rate. Progress moves with
@@ -277,7 +283,7 @@ def _pass(run: _Run, epoch: int, before: int) -> Epoch:
 def _step(run: _Run, batches: list[Any], factor: float, number: int) -> float:
     for group in run.optimizer.param_groups:
         # The key under which PyTorch's schedulers keep it too; it travels with the optimizer's state.
-        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * (factor if group.get("scheduled", True) else 1.0)
     total = _gradients(run, batches, number)
     if run.sam is not None:
         with run.sam.perturbed(run.optimizer), statistics_kept(run.model):

@@ -12,7 +12,15 @@ from torch.nn import functional as F
 
 from ..core.batch import Loss, call, default_loss, device_of, main_output, split
 from ..core.errors import DataError
-from .distill import Distillation, distillation_loss
+from ..solvers.layerwise import seen_of
+from .distill import (
+    Distillation,
+    distillation_loss,
+    hidden_states,
+    shared_blocks,
+    squarehead,
+    token_loss,
+)
 
 __all__ = ["training_objective"]
 
@@ -32,23 +40,28 @@ def training_objective(
         loss: `(output, target) -> scalar`; None: as `core.batch.default_loss` chooses.
         label_smoothing: of the cross-entropy; 0 for none.
         teacher: adds `alpha` times its distillation term, and the task's loss counts `1 - alpha`; None for none.
-        how: temperature and alpha.
+        how: temperature, alpha, and the weights of hidden states.
         autocast: dtype of mixed precision, or None.
     """
     task = loss or (_smoothed(label_smoothing) if label_smoothing else default_loss)
+    blocks = shared_blocks(model, teacher) if teacher is not None and (how.tokens or how.hidden) else []
 
     def objective(batch: Any) -> Tensor:
         inputs, target = split(batch)
         with torch.autocast(device_of(model).type, autocast) if autocast else nullcontext():
-            output = call(model, inputs)
+            with hidden_states(model, blocks) as learnt:
+                output = call(model, inputs)
             if teacher is None:
                 return task(output, target)
-            with torch.no_grad():
+            with torch.no_grad(), hidden_states(teacher, blocks) as guides:
                 guide = call(teacher, inputs)
             labels = target if isinstance(target, Tensor) else _labels(inputs)
             taught = distillation_loss(output, guide, how.temperature, labels)
             # With alpha 1 no labels are needed, so the task's loss is not asked for.
-            return taught if how.alpha == 1 else how.alpha * taught + (1 - how.alpha) * task(output, target)
+            total = taught if how.alpha == 1 else how.alpha * taught + (1 - how.alpha) * task(output, target)
+            if how.tokens:
+                total = total + how.tokens * token_loss(learnt, guides, seen_of([batch])[0])
+            return total + how.hidden * squarehead(learnt, guides) if how.hidden else total
 
     return objective
 

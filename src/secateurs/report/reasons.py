@@ -26,8 +26,10 @@ _PATTERNS = (
 _DIFFERS = "removing differs from zeroing: "
 
 _PLAIN = {
+    "a group of experts, of which all groups have as many": "it groups experts, of which all groups have as many",
     "an axis of the model's output": "it is an axis of the model's output, on which others rely",
     "a number in the code fixes its size": "a number in the model's code fixes its size",
+    "chosen from": "a router chooses among its units: removing one is not the same as zeroing it",
     "channels that become pixels": "its positions become pixels",
     "how often each unit of its axis is repeated": "it says how often units are repeated, and a copy cannot go alone",
     "indexed at a fixed position": "the model's code picks positions of it by fixed numbers",
@@ -51,6 +53,7 @@ _PLAIN = {
     "spatial axes": "it is a place in a picture or a sequence, no width",
     "summed over values that zeroing does not make zero": "a sum runs over it, and a zeroed unit would still count",
     "the scale depends on the head size": "attention is scaled by its size, so removing is not zeroing",
+    "the model's output has positions along it": "the model's output has positions along it, on which others rely",
     "tied to a fixed axis": "it must be as long as an axis that stays",
     "tokens and batch": "it is made of tokens or samples, no width",
     "two layouts that do not align": "two layers lay its positions out differently",

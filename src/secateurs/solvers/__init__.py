@@ -9,7 +9,7 @@ from .blocks import blocks_of, walk
 from .dsnot import dsnot
 from .exact_obs import exact_obs
 from .gram import Gram, from_matrix, solvable, to_matrix
-from .layerwise import Gathering, Propagate, layers_by_block, solve_blocks
+from .layerwise import BlockDone, Gathering, Propagate, layers_by_block, solve_blocks
 from .least_squares import conjugate_gradients, least_squares
 from .obs import damped, inverse, quadratic_error, remove_columns, saliency
 from .permutation import channel_order
@@ -20,6 +20,7 @@ from .sparsegpt import sparsegpt
 from .structured_obs import Level, structured_obs
 
 __all__ = [
+    "BlockDone",
     "Gathering",
     "Gram",
     "Level",

@@ -23,7 +23,7 @@ from .gram import Gram, solvable, to_matrix
 from .ranks import add_up, agree, dealt, rank_of, world
 from .sequential import call_levels, grams_of
 
-__all__ = ["Gathering", "Hold", "Propagate", "layers_by_block", "seen_of", "solve_blocks"]
+__all__ = ["BlockDone", "Gathering", "Hold", "Propagate", "layers_by_block", "seen_of", "solve_blocks"]
 
 Propagate = Literal["pruned", "dense"]
 # From a layer and what is known of its inputs to its mask and its relative error; the weight is changed in place.
@@ -32,6 +32,31 @@ SolveLayer = Callable[[str, nn.Module, Gram], tuple[Tensor, float]]
 NoteLayer = Callable[[str, nn.Module, Tensor, float], None]
 # Brings the tensors of a block into memory and takes them away; gives whether the block was solved in an earlier run.
 Hold = Callable[[str, nn.Module], AbstractContextManager[bool]]
+
+
+@dataclass(frozen=True)
+class BlockDone:
+    """How far a run is.
+
+    Args:
+        name: of the block that is done; "" for a model that is one.
+        number: of it, from 1.
+        total: blocks in all.
+    """
+
+    name: str
+    number: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        """Of the blocks, in (0, 1]."""
+        return self.number / self.total
+
+    @property
+    def detail(self) -> str:
+        """In words."""
+        return f"block {self.number} of {self.total}"
 
 
 @dataclass(frozen=True)
@@ -90,7 +115,7 @@ def solve_blocks(
     *,
     note: NoteLayer | None = None,
     hold: Hold | None = None,
-    on_block: Callable[[str], None] | None = None,
+    on_block: Callable[[BlockDone], None] | None = None,
 ) -> None:
     """None; `solve(name, module, gram)` has been called once for each layer, and has changed its weight in place.
 
@@ -106,7 +131,7 @@ def solve_blocks(
         note: told what was found, in every process.
         gathering: what of.
         hold: for models larger than memory; default: all is in memory, nothing was solved.
-        on_block: told the name of each block that is done.
+        on_block: told of each block that is done.
 
     Raises:
         DataError: there is no batch.
@@ -117,6 +142,7 @@ def solve_blocks(
     data = dealt(take(data))
     seen = seen_of(data)
     model.eval()
+    done: list[str] = []
     tasks = (solve, note or (lambda *_: None))
 
     def visit(name: str, block: nn.Module, calls: list[Call]) -> list[Any]:
@@ -124,8 +150,9 @@ def solve_blocks(
         with (hold or _in_memory)(name, block) as finished:
             outputs = _outputs(block, calls) if finished else _solved(block, calls, inner, tasks, gathering, seen)
         _check_outputs(name, outputs)
+        done.append(name)
         if on_block is not None:
-            on_block(name)
+            on_block(BlockDone(name, len(done), len(layers)))
         return outputs
 
     walk(model, data, list(layers), visit)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -125,8 +126,8 @@ def keep_by_blocks(scores: Tensor, sparsity: float, blocks: int = 1) -> Tensor:
     blocks = min(blocks, columns)
     edges = [columns * number // blocks for number in range(blocks + 1)]
     counts = [units_kept(sparsity, rows * edge) for edge in edges]
-    parts = zip(edges, edges[1:], counts, counts[1:], strict=False)
-    return torch.cat([top(scores[:, a:b], after - before) for a, b, before, after in parts], 1)
+    parts = zip(pairwise(edges), pairwise(counts), strict=True)
+    return torch.cat([top(scores[:, a:b], after - before) for (a, b), (before, after) in parts], 1)
 
 
 class DualImportance:

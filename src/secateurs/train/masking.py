@@ -22,8 +22,9 @@ from ..core.errors import ModelError, OptionError, PlanError, unknown_name
 from .inplace import put_masked, zero_masked
 from .scope import canonical_names
 
-__all__ = ["Masks", "Revive", "pack", "unpack"]
+__all__ = ["Masks", "Pull", "Revive", "pack", "unpack"]
 
+Pull = Callable[[int], float] | float
 Wants = Callable[[int], bool]
 Hears = Callable[[dict[str, Tensor]], None]
 Revive = Literal["never", "value", "one-step", "straight-through"]
@@ -67,8 +68,8 @@ class Masks(Mapping[str, Tensor]):
             competes in the next mask update (Zhu & Gupta's code). "one-step": the gradient is not zeroed, and zero
             minus one optimizer step competes (TensorFlow Model Optimization). "straight-through": the value waits
             outside the model and is trained by the gradient that the masked weight gets (SR-STE, arXiv 2102.04010).
-        pull: what of its own value is added to the gradient of a masked weight that waits: the λ of SR-STE, 0 for
-            none; with "value" and "straight-through" only.
+        pull: what of its own value is added to the gradient of a masked weight that waits: the λ of SR-STE, 0 for none,
+            or a function from steps taken to λ; with "value" and "straight-through" only.
         debug: check before and after every optimizer step that what is masked is zero.
 
     Attributes:
@@ -90,12 +91,12 @@ class Masks(Mapping[str, Tensor]):
         masks: Mapping[str, Tensor],
         *,
         revive: Revive = "never",
-        pull: float = 0.0,
+        pull: Pull = 0.0,
         debug: bool = False,
     ) -> None:
         if revive not in _FATES:
             raise OptionError(f"revive must be never, value, one-step or straight-through, got {revive!r}.")
-        if pull < 0 or (pull and not _FATES[revive].restore):
+        if (not callable(pull) and pull < 0) or (pull and not _FATES[revive].restore):
             raise OptionError(f"pull must be 0 or more, and 0 with revive={revive!r}, got {pull}.")
         self._model, self._fate, self._debug = model, _FATES[revive], debug
         self._revive, self._pull = revive, pull
@@ -367,8 +368,8 @@ class Masks(Mapping[str, Tensor]):
                     f"revive={self._revive!r} needs optimizer.step without a closure: call backward before it."
                 )
             self._reveal()
-            if self._pull:
-                self._each(lambda p, kept: None if p.grad is None else p.grad.add_(p * ~kept, alpha=self._pull))
+            if pull := self._pull(self.steps) if callable(self._pull) else self._pull:
+                self._each(lambda p, kept: None if p.grad is None else p.grad.add_(p * ~kept, alpha=pull))
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from ..core.errors import ModelError, OptionError, PlanError
 from ..core.finite import all_finite
 from ..core.schedule import Schedule
-from .masking import Masks, Revive
+from .masking import Masks, Pull, Revive
 from .update import Moment, Regrowing, Rule
 
 __all__ = ["Pruner"]
@@ -55,7 +55,7 @@ class Pruner:
         weights: Mapping[str, nn.Parameter],
         *,
         revive: Revive = "never",
-        pull: float = 0.0,
+        pull: Pull = 0.0,
         debug: bool = False,
     ) -> None:
         if optimizer is None and revive != "never":

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from ..core.errors import ModelError, OptionError
 from ..core.select import top
 from .scope import prunable_weights
 
-__all__ = ["slimming_penalty", "soft_filter_step"]
+__all__ = ["penalized", "slimming_penalty", "soft_filter_step"]
+
+
+def penalized(optimizer: Optimizer, penalty: Callable[[], Tensor | None]) -> RemovableHandle:
+    """The handle of a hook that adds the gradient of `penalty()` right before every step of `optimizer`.
+
+    For a penalty that does not look at data: it counts once a step, however many batches that has, and after gradients
+    were clipped. None for no penalty at a step.
+    """
+
+    def add(_optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+        with torch.enable_grad():
+            found = penalty()
+            if found is not None:
+                found.backward()
+
+    # Lightning and Accelerate wrap the optimizer that steps.
+    return getattr(optimizer, "optimizer", optimizer).register_step_pre_hook(add)
 
 
 @torch.no_grad()

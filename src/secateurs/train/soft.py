@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -26,7 +26,8 @@ from torch.utils.hooks import RemovableHandle
 from ..core.errors import ModelError, OptionError, PlanError
 from ..core.finite import all_finite
 from ..core.select import per_row
-from ..core.units import ChannelGroup, Group
+from ..core.units import Group
+from .spread import Part, multiplied, parts_of
 
 __all__ = [
     "Entries",
@@ -215,24 +216,14 @@ class Units:
         return tuple(dict.fromkeys(name for group in self.groups for name, _ in self.parts(group)))
 
     @cached_property
-    def _parts(self) -> dict[str, list[tuple[str, Group]]]:
-        return {group.name: self._parts_of(group) for group in self.groups}
+    def _parts(self) -> dict[str, list[Part]]:
+        return {group.name: parts_of(group, self.first) for group in self.groups}
 
-    def parts(self, group: Group) -> list[tuple[str, Group]]:
+    def parts(self, group: Group) -> list[Part]:
         """The parameters that make the units of a group, each with the group as it lies along one of its axes."""
         return self._parts[group.name]
 
-    def _parts_of(self, group: Group) -> list[tuple[str, Group]]:
-        if not isinstance(group, ChannelGroup):
-            return [(self.first[name], group) for name in group.tensors]
-        found: dict[tuple[str, int], Group] = {}
-        for member in group.members:
-            if member.role == "out" and member.tensor in self.first:
-                name = self.first[member.tensor]
-                found[name, member.axis] = replace(group, members=(replace(member, tensor=name),))
-        return [(name, part) for (name, _), part in found.items()]
-
-    def weights(self, group: Group) -> list[tuple[str, Group]]:
+    def weights(self, group: Group) -> list[Part]:
         """Those of the parts whose norms count."""
         return [(name, part) for name, part in self.parts(group) if len(self.shapes[name]) > 1]
 
@@ -240,16 +231,15 @@ class Units:
         return {group.name: self._squares(group, raw).sqrt()[None] for group in self.groups}
 
     def soften(self, raw: Tensors, borders: Tensors) -> dict[str, Tensor]:
-        made: dict[str, Tensor] = {}
+        masks: list[tuple[Part, Tensor]] = []
         for group in self.groups:
             if group.name not in borders:
                 continue
             squares = self._squares(group, raw)
             threshold = borders[group.name].view(1).to(squares.device)
             mask = soft_mask(squares, threshold, self.temperature(threshold))
-            for name, part in self.parts(group):
-                made[name] = made.get(name, raw[name]) * part.spread(mask)[name]
-        return {name: value.to(raw[name].dtype) for name, value in made.items()}
+            masks += [(part, mask) for part in self.parts(group)]
+        return multiplied(raw, masks)
 
     def factors(self, raw: Tensors, borders: Tensors) -> dict[str, Tensor]:
         return {}

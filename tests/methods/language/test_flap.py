@@ -135,6 +135,17 @@ def test_only_channels_and_only_what_is_in_scope() -> None:
         flap(model, x, "sparsity=30%", data=tokens(), scope="nowhere")
 
 
+def test_heads_that_blocks_share_go_and_streams_stay() -> None:
+    model, x = family("T5")
+    made = flap(model, x, "sparsity=30%", data=[x], measure=False)
+    shared = [group for group in made.plan.groups if group.kind == "head"]
+    assert len(shared) == 3
+    assert all(any(f"block.{i}." in t for t in group.tensors) for group in shared for i in range(2))
+    inner = [group.name for group in made.plan.groups if group.kind == "channel"]
+    assert len(inner) == 4
+    assert all(name.endswith("DenseReluDense.wi") for name in inner)
+
+
 def test_a_model_without_such_units_is_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     with pytest.raises(ModelError, match="no channel or head of a block of Sequential can go by itself"):

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
-from ...core.dims import Dim, Fixed, size
+from ...core.dims import ONE, Dim, Fixed, size
 from ..trace import Call, Type, rule
-from .pointwise import fixed
+from .pointwise import broadcast, fixed
 
 __all__: list[str] = []
 
@@ -35,7 +36,7 @@ def embedding(call: Call) -> Type:
         call.freeze([weight.dims[0]], f"looked up by number: {call.why}")
     else:
         _look_up(call, weight.dims[0], ids)
-    return Type((*ids.dims, weight.dims[1]), weight.zero)
+    return Type((*ids.dims, weight.dims[1]), weight.zero and call.all_fixed(ids.dims))
 
 
 @rule("index", "_unsafe_index", points=True)
@@ -54,8 +55,11 @@ def index(call: Call) -> Type:
     new = len(shape) - len(rest)
     first, *_, last = (*indexed, *indexed)
     at = first if list(indexed) == list(range(first, last + 1)) else 0
-    dims: list[Dim] = [*rest[:at], *(Fixed(n) for n in shape[at : at + new]), *rest[at:]]
-    return Type(tuple(dims), kind.zero, into=kind.into)
+    places = tuple(shape[at : at + new])
+    masked = any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in indices)
+    found_at = tuple(map(Fixed, places)) if masked else broadcast(call, list(indexed.values()), places)
+    zero = kind.zero and call.all_fixed(found_at)
+    return Type((*rest[:at], *found_at, *rest[at:]), zero, into=kind.into)
 
 
 @rule("index_select", points=True)
@@ -63,9 +67,12 @@ def index_select(call: Call) -> Type:
     """Positions of one axis chosen by data."""
     kind = call.type_of(call.args["self"])
     axis = call.axis(call.args["dim"], len(kind.dims))
-    _look_up(call, kind.dims[axis], call.type_of(call.args["index"]))
-    dims = [Fixed(n) if i == axis else d for i, (d, n) in enumerate(zip(kind.dims, call.outputs[0].shape, strict=True))]
-    return Type(tuple(dims), kind.zero, into=kind.into)
+    found = call.type_of(call.args["index"])
+    _look_up(call, kind.dims[axis], found)
+    # A number stands for a list of one.
+    places = found.dims or (ONE,)
+    dims = (*kind.dims[:axis], *places, *kind.dims[axis + 1 :])
+    return Type(dims, kind.zero and call.all_fixed(places), into=kind.into)
 
 
 @rule("gather", points=True)

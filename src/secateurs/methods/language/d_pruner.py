@@ -14,10 +14,10 @@ domain, whose weights are then thrown away. How:
 
 `data=` are the domain's batches, with labels, `general=` the open-domain ones, or what `general_importance` gave for
 them: it is found once and kept for several λ. Without `general=` the domain's batches serve for both, with a warning.
-`recover=` trains the sparse model on the domain afterwards, its mask fixed. The report's recipe has, as "dual", the sizes
-of the terms of S, by how much the penalty turned the gradients, and how far the fine-tuning moved the weights, which
-should be little, since S is summed on its way and the mask is for the weights where it began. "sparsity=50%" is of the
-weights of the blocks' layers, embeddings, head and norms not counted; the paper's 52% of these are half of all
+`recover=` trains the sparse model on the domain afterwards, its mask fixed. The report's recipe has, as "dual", the
+sizes of the terms of S, by how much the penalty turned the gradients, and how far the fine-tuning moved the weights,
+which should be little, since S is summed on its way and the mask is for the weights where it began. "sparsity=50%" is
+of the weights of the blocks' layers, embeddings, head and norms not counted; the paper's 52% of these are half of all
 parameters of its 7B model.
 
 Defaults. λ = 0.1, rate 0.03 up for a tenth of the steps and then down on a line, 5 passes, norm of gradients clipped to
@@ -57,28 +57,18 @@ from ...core.finite import all_finite
 from ...core.state import read_state, write_state
 from ...criteria.face import check_finite
 from ...graph.plan import digest
-from ...in_layers import LayerSolver, Subject, layers_to_solve, solved
+from ...in_layers import layers_to_solve
 from ...planning import batches_of, plan_of_masks, recipe_of
 from ...pruning import FineTune, Pruned, completed
 from ...recover.context import seeded
 from ...recover.finetune import fine_tune
 from ...running import Clock, Stage, claim
-from ...solvers import (
-    Gathering,
-    Gram,
-    Propagate,
-    Solved,
-    blocks_of,
-    from_matrix,
-    layers_by_block,
-    solve_blocks,
-    to_matrix,
-)
-from ...solvers import sparsegpt as sweep
-from ...solvers.ranks import agree, first, rank_of
+from ...solvers import Propagate, from_matrix, to_matrix
+from ...solvers.ranks import first
 from ...summary import Findings, quality_of
 from ...train.dual import DualImportance, Form, Sums, keep_by_blocks
 from ..parameters import Between, OneOf, check
+from ._general import Sweep, check_general, swept, totals, weight_of
 
 __all__ = ["METHOD", "DPruner", "Importance", "d_pruner", "dual_importance", "general_importance", "masks_of"]
 
@@ -118,6 +108,11 @@ class DPruner:
 
     def __post_init__(self) -> None:
         check(self)
+
+    @property
+    def sweep(self) -> Sweep:
+        """How the general importance is found."""
+        return Sweep(self.block, self.damping, self.propagate)
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,7 +205,7 @@ def d_pruner(
     _check_labels(batches, seed)
     folder = None if checkpoint is None else Path(checkpoint)
     if folder is not None and first():
-        settings = asdict(how) | {"general": _totals(general)}
+        settings = asdict(how) | {"general": totals(general)}
         claim(folder, {"recipe": recipe.to_dict(), "model": digest(model), "settings": settings})
     notes = Findings(model=name or type(model).__name__)
     clock = Clock(notes.seconds, on_stage)
@@ -219,7 +214,7 @@ def d_pruner(
     with clock("domain fine-tuning"):
         found = dual_importance(
             model, batches, known, options=how, loss=loss, seed=seed, checkpoint=folder and folder / "domain",
-            on_step=on_step, names=[_weight(layer) for layer in layers],
+            on_step=on_step, names=[weight_of(layer) for layer in layers],
         )  # fmt: skip
     masks = masks_of(model, found.scores, layers, how.blocks)
     plan = plan_of_masks(model, example_inputs, masks, recipe)
@@ -239,7 +234,6 @@ def d_pruner(
     return replace(pruned, report=replace(pruned.report, recipe={**pruned.report.recipe, "dual": dual}))
 
 
-@torch.no_grad()
 def general_importance(
     model: nn.Module,
     data: Iterable[Any],
@@ -269,7 +263,7 @@ def general_importance(
     check_finite(model)
     parsed = Budget.parse(budget)
     layers = layers_to_solve(model, parsed, "matrix", scope, ignore, allocation, allocation_options)
-    return _swept(model, data, layers, how, seed, on_block)
+    return swept(model, data, layers, how.sweep, seed=seed, on_block=on_block)
 
 
 def dual_importance(
@@ -301,7 +295,7 @@ def dual_importance(
     """
     how = options or DPruner()
     names = list(general) if names is None else list(names)
-    _check_general(model, general, names if how.strength else ())
+    check_general(model, general, names if how.strength else ())
     tuned = copy.deepcopy(model)
     built: list[DualImportance] = []
     for name in names:
@@ -340,10 +334,12 @@ def masks_of(
         layers: by name of the module, what goes of it; `in_layers.layers_to_solve` gives it.
         blocks: see `DPruner`.
     """
-    silent = [layer for layer in layers if not bool(scores[_weight(layer)].any())]
+    silent = [layer for layer in layers if not bool(scores[weight_of(layer)].any())]
     for layer in silent:
         warnings.warn(f"{layer} had no gradient on the domain's data and stays as it is.", stacklevel=2)
-    return {_weight(n): _mask(model, n, scores[_weight(n)], c, blocks) for n, c in layers.items() if n not in silent}
+    return {
+        weight_of(n): _mask(model, n, scores[weight_of(n)], c, blocks) for n, c in layers.items() if n not in silent
+    }
 
 
 def _mask(model: nn.Module, layer: str, scores: Tensor, comparison: Comparison, blocks: int) -> Tensor:
@@ -383,85 +379,10 @@ def _general_of(
     if file is not None and file.exists():
         known: dict[str, Tensor] = read_state(file, "general importance")
         return known
-    found = _swept(model, data if general is None else general, layers, how, seed, on_block)
+    found = swept(model, data if general is None else general, layers, how.sweep, seed=seed, on_block=on_block)
     if file is not None and first():
         write_state(file, found, "general importance")
     return found
-
-
-@torch.no_grad()
-def _swept(
-    model: nn.Module,
-    data: Iterable[Any],
-    layers: Mapping[str, Comparison],
-    how: DPruner,
-    seed: int,
-    on_block: Callable[[str], None] | None,
-) -> dict[str, Tensor]:
-    """G of the layers by one SparseGPT pass over a copy; zeros for a layer that no batch reaches."""
-    made = copy.deepcopy(model)
-    blocks = layers_by_block(made, layers)
-    home = {layer: block for block, inside in blocks.items() for layer in inside}
-    parts: dict[str, list[Tensor]] = {layer: [] for layer in layers}
-    noted = dict.fromkeys(blocks, 0)
-    found = {_weight(n): _zeros(model.get_parameter(_weight(n))) for n in layers}
-
-    def choose(subject: Subject) -> Solved:
-        hessian, where = subject.inputs.known_hessian, subject.where
-        chosen: dict[str, Any] = {"block": how.block, "damping": how.damping, "where": where, "with_scores": True}
-        done = sweep(subject.weight, hessian, subject.comparison, **chosen)
-        assert done.scores is not None
-        parts[where].append(done.scores)
-        return done
-
-    solver = LayerSolver("d-pruner", choose, full=True)
-
-    def solve(layer: str, module: nn.Module, gram: Gram) -> tuple[Tensor, float]:
-        result = solved(module, gram, layers[layer], solver, layer)
-        found[_weight(layer)].copy_(from_matrix(module, torch.stack(parts.pop(layer)), module.weight.shape))
-        return result
-
-    def note(layer: str, module: nn.Module, mask: Tensor, error: float) -> None:
-        # Each process solves its share of a block's layers, in this order.
-        agree([found[_weight(layer)]], rank_of(noted[home[layer]]))
-        noted[home[layer]] += 1
-
-    gathering = Gathering(full=True, propagate=how.propagate)
-    with seeded(seed, "general importance"):
-        batches = take(data, what="open-domain data")
-        solve_blocks(made, batches, blocks, solve, gathering, note=note, on_block=on_block)
-    return found
-
-
-def _totals(general: Iterable[Any] | Mapping[str, Tensor] | None) -> dict[str, float]:
-    """The sum of each general importance that is given, by which a checkpoint knows it."""
-    return {n: float(double(g).sum()) for n, g in general.items()} if isinstance(general, Mapping) else {}
-
-
-def _zeros(weight: Tensor) -> Tensor:
-    return torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-
-
-def _weight(layer: str) -> str:
-    return f"{layer}.weight".lstrip(".")
-
-
-def _check_general(model: nn.Module, general: Mapping[str, Tensor], names: Sequence[str]) -> None:
-    """Refuses what is no general importance of the weights called `names`, all of it at once."""
-    faults = []
-    for name in names:
-        shape = tuple(model.get_parameter(name).shape)
-        if name not in general:
-            faults.append(f"{name} has none")
-        elif tuple(general[name].shape) != shape:
-            faults.append(f"that of {name} has shape {tuple(general[name].shape)}, not {shape}")
-        elif not all_finite(general[name]):
-            faults.append(f"that of {name} is NaN or infinite somewhere")
-        elif bool((general[name] < 0).any()):
-            faults.append(f"that of {name} is negative somewhere")
-    if faults:
-        told = "; ".join(faults[:3])
-        raise OptionError(f"the general importance does not fit the model: {told}; find it by general_importance.")
 
 
 def _check_labels(data: Iterable[Any], seed: int) -> None:

@@ -16,6 +16,7 @@ three times and then an error.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Annotated, Any
@@ -59,14 +60,18 @@ class SparseGPT:
 
 
 def sparsegpt(
-    model: nn.Module, example_inputs: Any, budget: str | Budget, *, options: SparseGPT | None = None, **common: Any
-) -> Pruned:
+    model: nn.Module, example_inputs: Any, budget: str | Budget, *, allocation: str = "uniform",
+    allocation_options: Mapping[str, Any] | None = None, on_block: Callable[[Any], None] | None = None,
+    options: SparseGPT | None = None, **common: Any,
+) -> Pruned:  # fmt: skip
     """A copy of `model` with zeros, and with the weights that stay moved to make up for them.
 
     Args:
         model, example_inputs, budget: as for `prune`; "sparsity=50%" or "2:4".
+        allocation, allocation_options: how much of which layer: "uniform" (the paper), or another density rule.
+        on_block: told of each block that is done.
         options: hyperparameters.
-        common: data, test, recover, scope, ignore, allocation and the rest of `in_layers.prune_in_layers`' arguments.
+        common: data, test, recover, scope, ignore and the rest of `prune`'s arguments.
 
     Raises:
         BudgetError: a budget that is neither a sparsity nor a pattern.
@@ -75,6 +80,7 @@ def sparsegpt(
     """
     how = options or SparseGPT()
     own: dict[str, Any] = {"propagate": how.propagate, "levels": how.levels, "settings": asdict(how)}
+    own |= {"allocation": allocation, "allocation_options": allocation_options, "on_block": on_block}
     return prune_in_layers(model, example_inputs, budget, how.solver, **own, **common)
 
 

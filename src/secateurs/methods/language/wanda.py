@@ -14,6 +14,7 @@ Not as in the published code: counts are exact where scores tie, and norms count
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Annotated, Any
@@ -56,14 +57,18 @@ class Wanda:
 
 
 def wanda(
-    model: nn.Module, example_inputs: Any, budget: str | Budget, *, options: Wanda | None = None, **common: Any
-) -> Pruned:
+    model: nn.Module, example_inputs: Any, budget: str | Budget, *, allocation: str = "uniform",
+    allocation_options: Mapping[str, Any] | None = None, on_block: Callable[[Any], None] | None = None,
+    options: Wanda | None = None, **common: Any,
+) -> Pruned:  # fmt: skip
     """A copy of `model` with zeros where the product of weight and input is least.
 
     Args:
         model, example_inputs, budget: as for `prune`; "sparsity=50%" or "2:4".
+        allocation, allocation_options: how much of which layer: "uniform" (the paper), or another density rule.
+        on_block: told of each block that is done.
         options: hyperparameters.
-        common: data, test, recover, scope, ignore, allocation and the rest of `in_layers.prune_in_layers`' arguments.
+        common: data, test, recover, scope, ignore and the rest of `prune`'s arguments.
 
     Raises:
         BudgetError: a budget that is neither a sparsity nor a pattern.
@@ -71,6 +76,7 @@ def wanda(
     """
     how = options or Wanda()
     own: dict[str, Any] = {"propagate": how.propagate, "settings": asdict(how)}
+    own |= {"allocation": allocation, "allocation_options": allocation_options, "on_block": on_block}
     return prune_in_layers(model, example_inputs, budget, how.solver, **own, **common)
 
 
