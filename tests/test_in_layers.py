@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import secateurs as sec
 from secateurs.core.errors import BudgetError, DataError, ModelError, OptionError
 from secateurs.in_layers import LayerSolver, Subject, prune_in_layers
+from secateurs.report.page import render
 from secateurs.solvers import Solved
 
 
@@ -89,6 +90,20 @@ def test_an_allocation_says_how_much_of_which_layer(model: Net, data: list[Any])
     assert {name: float(mask.float().mean()) for name, mask in made.masks.items()} == {
         f"{name}.weight": share for name, share in given.items()
     }
+
+
+def test_the_report_has_the_error_of_each_layer(model: Net, data: list[Any]) -> None:
+    made = run(model, data)
+    found = {layer.name: layer.error for layer in made.report.layers}
+    with torch.no_grad():
+        x = model.embed(torch.cat([batch[0] for batch in data])).double()
+        weight, pruned = (m.blocks[0].up.weight.double() for m in (model, made.model))
+        expected = (x @ (weight - pruned).T).square().sum() / (x @ weight.T).square().sum()
+    assert found["blocks.0.up"] == pytest.approx(float(expected), rel=1e-4)
+    assert found["head"] is None
+    assert "output error" in made.report.to_text()
+    assert "Output error" in render(made.report)
+    assert "Output error" not in render(sec.prune(model, data[0][0], "sparsity=50%", granularity="weight").report)
 
 
 def test_scope_and_ignore_choose_layers(model: Net, data: list[Any]) -> None:

@@ -176,6 +176,7 @@ def prune_in_layers(
     gathering = Gathering(full=True, propagate=propagate, levels=levels)
     with clock("solving"), seeded(seed, "solving"):
         outcome = solve_layers(made, batches, comparisons, solver, gathering, folder=folder, on_block=on_block)
+    notes.errors = outcome.errors
     made.train(model.training)
     if tests is not None:
         with clock("testing"):

@@ -50,6 +50,7 @@ class Findings:
         proof: of the cut.
         history: of the fine-tuning.
         sensitivity, front: as `sweep` returns them.
+        errors: of the outputs of layers that were solved one by one.
     """
 
     model: str
@@ -59,6 +60,7 @@ class Findings:
     history: History | None = None
     sensitivity: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
     front: tuple[FrontPoint, ...] = ()
+    errors: Mapping[str, float] = field(default_factory=dict)
 
 
 def quality_of(model: nn.Module, data: Sequence[Any]) -> dict[str, float]:
@@ -98,7 +100,7 @@ def summarize(
         after=_side(after, rows[1], timings.get("after"), next(reversed(stages.values()), {})),
         budget=str(plan.recipe.budget),
         recipe=plan.recipe.to_dict(),
-        layers=_layers(*rows, *layers, _path_before(before, plan)),
+        layers=_layers(*rows, *layers, _path_before(before, plan), found.errors),
         groups=tuple(_group(plan, name) for name in plan.keep),
         frozen=() if plan.structure is None else tuple(FrozenWidth(**vars(f)) for f in plan.structure.frozen),
         proof=found.proof,
@@ -182,6 +184,7 @@ def _layers(
     slow: Mapping[str, float],
     fast: Mapping[str, float],
     path_before: Callable[[str], str],
+    errors: Mapping[str, float],
 ) -> tuple[LayerChange, ...]:
     new = {path_before(row.name): row for row in after}
     fast = {path_before(name): seconds for name, seconds in fast.items()}
@@ -198,6 +201,7 @@ def _layers(
             macs_after=new[old.name].macs,
             seconds_before=slow.get(old.name),
             seconds_after=fast.get(old.name),
+            error=errors.get(old.name),
         )
         for old in before
         if old.name in new

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import secateurs as sec
-from secateurs.core.errors import BudgetError, ModelError, OptionError
+from secateurs.core.errors import BudgetError, ModelError, OptionError, ProofError
 from secateurs.criteria import score
 from secateurs.deploy.huggingface import save_pretrained
 from secateurs.graph.compact import on_kept
@@ -172,6 +172,14 @@ def test_ways_to_route(way: Callable[..., Tensor]) -> None:
     assert prove(mask(net, structure.groups, keep), smaller, x, on_kept(structure, keep)) < 1e-5
     torch.testing.assert_close(smaller(x), never_known(net, x, structure, keep))
     assert not torch.allclose(smaller(x), net(x))
+
+
+def test_zeros_are_not_enough() -> None:
+    """A router that still knows an expert of zeros sends tokens to it."""
+    net, x = mixture(gates_over_all)
+    structure = experts_of(net, x)
+    with pytest.raises(ProofError):
+        prove(mask(net, structure.groups, {"router": KEEP}), cut(net, structure, {"router": KEEP}), x)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,8 @@ from secateurs.methods.language.dsnot import DSnoT
 from secateurs.methods.language.exact_obs import ExactOBS
 from secateurs.methods.language.flap import Flap
 from secateurs.methods.language.l_admm import LAdmm
+from secateurs.methods.language.loraprune import LoraPrune
+from secateurs.methods.language.pat import Pat
 from secateurs.methods.language.perp import Perp
 from secateurs.methods.language.ria import Ria
 from secateurs.methods.language.sparsegpt import SparseGPT
@@ -85,6 +87,7 @@ CASES = {
     "exact-obs": Case("sparsity=75%", "macs<=50%", ExactOBS()),
     "flap": Case("macs<=50%", "macs<=1%", Flap()),
     "l-admm": Case("sparsity=75%", "macs<=50%", LAdmm()),
+    "loraprune": Case("sparsity=50%", "sparsity=95%", LoraPrune(rank=4, every=3)),
     "ria": Case("sparsity=75%", "macs<=50%", Ria(update="admm")),
     "sparsegpt": Case("sparsity=75%", "macs<=50%", SparseGPT()),
     "wanda": Case("sparsity=75%", "macs<=50%", Wanda(update="least-squares")),
@@ -96,6 +99,7 @@ CASES = {
     "granet": Case("sparsity=75%", "macs<=50%", Neuroregeneration(updates=6)),
     # The index takes about a tenth in the first round, the second and last one the rest.
     "pq-index-sap": Case("sparsity=75%", "macs<=50%", Sap(rounds=2), trainings=3),
+    "pat": Case("sparsity=50%", "macs<=1%", Pat(rank=4, operator=0.25)),
     "perp": Case("sparsity=50%", "sparsity=99.5%", Perp(rank=4)),
     "pdp": Case("sparsity=50%", "sparsity=95%", Differentiable(granularity="channel", stairs=3)),
     "random-pruning": Case("sparsity=75%", "sparsity=99.5%", Random("erk")),

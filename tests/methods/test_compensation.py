@@ -18,6 +18,7 @@ from secateurs.graph.plan import ModelPlan
 from secateurs.methods.compensation import compensated
 from secateurs.methods.repair import repaired
 from tests.criteria.models import account, mlp, unruly
+from tests.methods.test_repair import NETWORKS
 
 DOUBLE = torch.float64
 
@@ -113,6 +114,26 @@ def test_patches_of_a_convolution_and_its_groups_have_means_of_their_own() -> No
         by_channel = [(m(x) - model(x)).view(4, 4, 36).mean((0, 2)) for m in (cut, plain)]
     assert by_channel[0].abs().max() < 1e-12
     assert by_channel[1].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "transposed"])
+def test_only_biases_of_consumers_change_and_the_cut_is_proven(name: str) -> None:
+    torch.manual_seed(2)
+    build, shape, changed = NETWORKS[name]
+    model, x = build().eval(), torch.randn(shape)
+    decided = halved(model, x)
+    made = compensated(model, decided, [x])
+    known = dict(model.named_parameters())
+    other = {n for n, p in made.named_parameters() if n not in known or not torch.equal(p, known[n])}
+    assert other
+    assert {n.removesuffix("bias") + "weight" for n in other} <= set(known)
+    if changed:
+        assert other == {weight.removesuffix("weight") + "bias" for weight in changed}
+    with torch.no_grad():
+        dense, cut, plain = model(x), decided.cut(made).eval()(x), decided.cut(model).eval()(x)
+        # Over several layers, what is best for each is not always best for the last.
+        if changed and len(changed) == 1:
+            assert (cut - dense).square().sum() < (plain - dense).square().sum()
 
 
 def test_pytorch_s_own_attention_gets_its_bias() -> None:

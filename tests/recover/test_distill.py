@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from secateurs.core.errors import OptionError
-from secateurs.recover.distill import Distillation, distillation_loss
+from secateurs.recover.distill import Distillation, distillation_loss, squarehead
 
 
 def by_hand(student: list[list[float]], teacher: list[list[float]], temperature: float) -> float:
@@ -66,3 +66,33 @@ def test_refusals() -> None:
     for wrong in ({"temperature": 0.0}, {"alpha": 1.1}):
         with pytest.raises(OptionError, match=r"temperature must be positive and alpha in \[0, 1\]"):
             Distillation(**wrong)
+
+
+def test_the_number_of_the_specification() -> None:
+    """KL of softmax(1, 0) from one half each is 0.110944; T² = 4."""
+    student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]])
+    assert float(distillation_loss(student, teacher, 2.0)) == pytest.approx(0.443776, abs=1e-6)
+    assert float(distillation_loss(teacher, teacher, 2.0)) == pytest.approx(0, abs=1e-7)
+    shifted = distillation_loss(student + 3.0, teacher - 5.0, 2.0)
+    torch.testing.assert_close(shifted, distillation_loss(student, teacher, 2.0))
+
+
+def test_squarehead_is_the_relative_squared_error_of_every_layer() -> None:
+    student = [torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 0.0]])]
+    teacher = [torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0, 2.0]])]
+    wanted = 2 / (1 + 2**-7) + 4 / (4 + 2**-7)
+    assert float(squarehead(student, teacher)) == pytest.approx(wanted, rel=1e-6)
+    assert float(squarehead(teacher, teacher)) == 0
+    leaf = torch.zeros(1, 2, requires_grad=True)
+    guide = torch.ones(1, 2, requires_grad=True)
+    squarehead([leaf], [guide]).backward()
+    assert guide.grad is None
+    assert float(leaf.grad[0, 0]) == pytest.approx(-1 / (1 + 2**-7))
+
+
+def test_squarehead_refuses_what_does_not_agree() -> None:
+    for wrong in ([], [torch.ones(2)]):
+        with pytest.raises(OptionError, match="hidden states of student and teacher must agree"):
+            squarehead(wrong, [torch.ones(3)] if wrong else [])
+    with pytest.raises(OptionError, match="the weight of hidden states must be a number of at least 0, got -1"):
+        Distillation(hidden=-1)

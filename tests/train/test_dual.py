@@ -16,7 +16,7 @@ from torch.optim import SGD
 
 from secateurs.core.errors import OptionError
 from secateurs.recover.finetune import fine_tune
-from secateurs.train.dual import DualImportance, Form, keep_by_blocks, penalty, relative_penalty, taylor
+from secateurs.train.dual import DualImportance, Form, combined, keep_by_blocks, penalty, taylor
 
 G = torch.tensor([0.1, -0.2])
 ONES = torch.ones(2)
@@ -36,16 +36,15 @@ def test_the_penalty_as_released_pushes_every_gradient_up() -> None:
 
 
 @given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3))
-def test_the_relative_penalty_knows_no_scales(general: float, curvature: float) -> None:
-    worth, fisher = torch.tensor([1.0, 3.0, 0.5]), torch.tensor([2.0, 1.0, 4.0])
-    gradient = torch.tensor([1.0, -1.0, 1.0])
-    added = relative_penalty(gradient, general * worth, curvature * fisher, strength=0.1)
-    torch.testing.assert_close(added, 0.1 * gradient * torch.tensor([2.0, 3.0, 2.0]) / (7 / 3))
-    assert float(added.abs().mean()) == pytest.approx(0.1)
+def test_what_is_combined_has_no_units(first: float, second: float) -> None:
+    domain, general = torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([[4.0, 1.0, 1.0]])
+    made = combined(first * domain, second * general, 0.1)
+    torch.testing.assert_close(made, domain / 2 + 0.1 * general / 2)
 
 
-def test_the_relative_penalty_of_nothing_is_nothing() -> None:
-    assert relative_penalty(G, 0 * ONES, ONES, strength=0.1).tolist() == [0, 0]
+def test_what_is_zero_throughout_takes_no_part() -> None:
+    assert combined(torch.zeros(2), torch.tensor([1.0, 3.0]), 2.0).tolist() == [1.0, 3.0]
+    assert combined(torch.tensor([1.0, 3.0]), torch.zeros(2), 2.0).tolist() == [0.5, 1.5]
 
 
 @given(st.floats(-2, 2), st.floats(-2, 2), st.floats(-2, 2))
@@ -155,7 +154,6 @@ def slow(form: Form, strength: float, scale: float, clip: float | None) -> tuple
             w, g = ([float(v) for v in t.flatten()] for t in (weight.detach(), weight.grad))
             squares[name] = [a + b * b for a, b in zip(squares[name], g, strict=True)]
             fisher = [a / (step + 1) * scale for a in squares[name]]
-            mean = math.fsum(a * b for a, b in zip(known[name], fisher, strict=True)) / len(w)
             for i in range(len(w)):
                 if form == "released":
                     big = g[i] * 65536
@@ -163,10 +161,7 @@ def slow(form: Form, strength: float, scale: float, clip: float | None) -> tuple
                     sums[name][i] += abs(big * w[i] + (big * w[i]) ** 2 / 2000 + w[i] ** 3)
                     g[i] = big / 65536
                     continue
-                if form == "relative":
-                    g[i] += strength * g[i] * known[name][i] * fisher[i] / mean
-                else:
-                    g[i] += 2 * strength * lr**2 * known[name][i] * g[i] * fisher[i]
+                g[i] += 2 * strength * lr**2 * known[name][i] * g[i] * fisher[i]
                 sums[name][i] += abs(g[i] * w[i] - 0.5 * fisher[i] * w[i] ** 2)
             weight.grad = torch.tensor(g, dtype=torch.float64).view_as(weight)
         norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters()))
@@ -179,7 +174,7 @@ def slow(form: Form, strength: float, scale: float, clip: float | None) -> tuple
 @pytest.mark.parametrize("clip", [None, 0.2])
 @pytest.mark.parametrize(
     ("form", "strength", "scale"),
-    [("fisher", 0.0, 1.0), ("fisher", 50.0, 1.0), ("fisher", 50.0, 15.0), ("relative", 2.0, 1.0), ("released", 0.1, 1)],
+    [("fisher", 0.0, 1.0), ("fisher", 50.0, 1.0), ("fisher", 50.0, 15.0), ("released", 0.1, 1)],
 )
 def test_the_sum_over_steps_is_that_of_the_formulas(form: Form, strength: float, scale: float, clip: Any) -> None:
     model = net()

@@ -224,7 +224,7 @@ def test_a_pruned_weight_decays_and_a_kept_one_does_not() -> None:
 
 @pytest.mark.parametrize("comparison", [TWO_OF_FOUR, Comparison(0.75, "row")], ids=str)
 def test_ast_is_the_equation_written_out(comparison: Comparison) -> None:
-    """AdamW by hand on dense weights: the pull is a part of the gradient, masks are chosen from |w|·‖x‖ every third step."""
+    """AdamW by hand on dense weights: the pull is a part of the gradient, masks come from |w|·‖x‖ every third step."""
     model, twin = net().double(), net().double()
     norms = {"0.weight": torch.linspace(1, 3, 8).double()[None], "2.weight": torch.linspace(3, 1, 12).double()[None]}
     optimizer = AdamW(model.parameters(), 0.05, betas=(0.9, 0.95), weight_decay=0.1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def family(
         recover: the training after each target, as `TokenDistilled(epochs=…, lr=…)`; None for none.
         data: of calibration and training.
         folder: each result is saved there, as 1, 2, …, and a run that was killed goes on from them.
-        timer: how the unpruned model is timed.
+        timer: how the unpruned model is timed, and its modules by a method that takes one.
         trust: see `load`.
         common: further arguments of `run`.
 
@@ -100,6 +101,7 @@ def family(
         claim(kept, {"family": [str(budget) for budget in asked], "model": digest(model), "by": run.__qualname__})
     targets = _targets(model, example_inputs, asked, timer, kept)
     taught = None if recover is None else _Taught(recover, model)
+    common |= {"timer": timer} if "timer" in signature(run).parameters else {}
     made: list[Pruned] = []
     for number, target in enumerate(targets, 1):
         current = made[-1].model if made else model

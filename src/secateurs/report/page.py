@@ -82,6 +82,7 @@ def _view(report: Report) -> dict[str, Any]:
         "unlisted_layers": max(0, len(layers) - MOST),
         "whole_layers": whole_layers,
         "timed": views.has_times(report),
+        "erred": any(layer.error is not None for layer in report.layers),
         "groups": views.group_rows(groups[:MOST]),
         "unlisted_groups": max(0, len(groups) - MOST),
         "whole_groups": whole_groups,

@@ -78,7 +78,8 @@ def _layers(report: Report) -> list[str]:
 
 def _layer(layer: LayerChange, masked: bool) -> tuple[str, ...]:
     if masked and layer.nonzero_after is not None:
-        stays = f"{count(layer.nonzero_after)} of {count(layer.params_before)} not zero"
+        error = "" if layer.error is None else f", output error {number(layer.error)}"
+        stays = f"{count(layer.nonzero_after)} of {count(layer.params_before)} not zero{error}"
         return layer.name, shape(layer.shape_before), stays
     after = shape(layer.shape_after) if layer.shape_after else "gone"
     macs = f"{count(layer.macs_before)} → {count(layer.macs_after)} MACs" if layer.macs_before else ""

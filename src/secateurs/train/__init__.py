@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .gradual_units import GradualUnits
 from .granet import SET, GraNet, RigL
 from .magnitude import GlobalMagnitude, GradualMagnitude
 from .masking import Masks
@@ -24,6 +25,7 @@ __all__ = [
     "GlobalMagnitude",
     "GraNet",
     "GradualMagnitude",
+    "GradualUnits",
     "Grow",
     "Masks",
     "Moment",

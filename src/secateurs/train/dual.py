@@ -26,9 +26,9 @@ from ..core.budget import units_kept
 from ..core.errors import OptionError
 from ..core.select import top
 
-__all__ = ["DualImportance", "Form", "Sums", "Terms", "keep_by_blocks", "penalty", "relative_penalty", "taylor"]
+__all__ = ["DualImportance", "Form", "Sums", "Terms", "combined", "keep_by_blocks", "penalty", "taylor"]
 
-Form = Literal["fisher", "relative", "released"]
+Form = Literal["fisher", "released"]
 # Of the authors' release: its gradients carry the scale of half-precision training, and its curvature is g²/1000.
 _LOSS_SCALE, _CURVATURE = 2.0**16, 1e-3
 
@@ -85,17 +85,19 @@ def penalty(gradient: Tensor, general: Tensor, curvature: Tensor, *, strength: f
     return 2 * strength * lr**2 * general * gradient * curvature
 
 
-def relative_penalty(gradient: Tensor, general: Tensor, curvature: Tensor, *, strength: float) -> Tensor:
-    """λ·g·G·H / mean(G·H): the same direction, in which λ is by how much the mean weight's gradient grows.
+def combined(domain: Tensor, general: Tensor, strength: float) -> Tensor:
+    """domain / mean + λ·general / mean: two importances of one weight tensor, in which λ has no unit.
 
-    The rate and the scales of G and H cancel, so that one λ means the same for any model. Zero where G·H is zero
-    throughout.
+    One that is zero throughout takes no part.
 
     Args:
-        gradient, general, curvature, strength: as for `penalty`.
+        domain, general: not negative, of one shape.
+        strength: λ.
+
+    >>> combined(torch.tensor([1.0, 3.0]), torch.tensor([30.0, 10.0]), 2.0)
+    tensor([3.5000, 2.5000])
     """
-    worth = general * curvature
-    return strength * gradient * worth / worth.mean().clamp(min=torch.finfo(worth.dtype).tiny)
+    return _share(domain) + strength * _share(general)
 
 
 def taylor(weight: Tensor, gradient: Tensor, curvature: Tensor, *, cubic: bool = False) -> Terms:
@@ -142,9 +144,8 @@ class DualImportance:
         names: of the weights.
         general: G by name; needed unless `strength` is 0.
         strength: λ.
-        form: "fisher", equations (1) and (2); "relative", the same with `relative_penalty`; "released", as the authors'
-            code has it: gradients times 2¹⁶, to which λ·2·α²·G·g²/1000 is added, without a sign, and
-            S += |g·W + (g·W)²/2000 + W³|.
+        form: "fisher", equations (1) and (2); "released", as the authors' code has it: gradients times 2¹⁶, to which
+            λ·2·α²·G·g²/1000 is added, without a sign, and S += |g·W + (g·W)²/2000 + W³|.
         fisher_scale: c; the number of samples that the loss of a batch is the mean over makes c·F an estimate of its
             curvature. Without effect for "released".
         clip_norm: largest norm of all gradients, penalty included, with which the weights move; None for no limit.
@@ -238,10 +239,7 @@ class DualImportance:
     def _added(self, name: str, gradient: Tensor, curvature: Tensor, lr: float) -> Tensor | float:
         if not self._strength:
             return 0.0
-        general = self._general[name].to(gradient)
-        if self._form == "relative":
-            return relative_penalty(gradient, general, curvature, strength=self._strength)
-        return penalty(gradient, general, curvature, strength=self._strength, lr=lr)
+        return penalty(gradient, self._general[name].to(gradient), curvature, strength=self._strength, lr=lr)
 
     def _check(self) -> None:
         trained = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
@@ -251,6 +249,11 @@ class DualImportance:
         missing = [name for name in self._weights if self._strength and name not in self._general]
         if missing:
             raise OptionError(f"there is no general importance of {', '.join(missing[:3])}: give it, or strength=0.")
+
+
+def _share(importance: Tensor) -> Tensor:
+    mean = importance.mean()
+    return importance / mean if bool(mean) else importance
 
 
 def _wide(tensor: Tensor) -> Tensor:

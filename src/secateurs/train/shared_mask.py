@@ -5,22 +5,27 @@ PAT: Liu et al., AAAI 2025, arXiv 2408.14721. Whatever a layer adds to the width
     z = D ⊙ M ⊙ (x + V·U·x),    U [r, d] random, V [d, r] zero, D [d] one, at first                                 (1)
     M = sigmoid(T·w) + b,       T(t) = 1 / (1 - ln max(1, t) / ln N + 1e-6),   b(t) = max(½ - t/N, 0)                (2)
 
-at step t, with logits w [d], zero at first, for all layers together. From 0.8·N on T and w stay as they are. A channel
-stays whose logit is 0 or more.
+at step t, with logits w [d], zero at first, for all layers together. From 0.8·N on T and w stay as they are. Losses
+draw the logits of d' channels above zero and the others below; in the end exactly the d' highest stay, ties by index.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
 from ..core.errors import OptionError
+from ..core.select import top
+from .regularize import penalized
 
 __all__ = [
+    "MaskPruner",
     "Operator",
     "SharedMask",
     "count_loss",
@@ -105,7 +110,6 @@ class SharedMask(nn.Module):
         OptionError: fewer than 2 steps, or not 0 < keep <= width.
     """
 
-    keep: Tensor
     step: Tensor
 
     def __init__(self, width: int, keep: int, steps: int) -> None:
@@ -117,7 +121,6 @@ class SharedMask(nn.Module):
         self.count, self.steps = keep, steps
         self.logits = nn.Parameter(torch.zeros(width))
         self.register_buffer("step", torch.tensor(0))
-        self.register_buffer("keep", torch.ones(width, dtype=torch.bool))
 
     @property
     def frozen(self) -> bool:
@@ -125,10 +128,10 @@ class SharedMask(nn.Module):
         return int(self.step) >= _FROZEN * self.steps
 
     def scalar(self) -> Tensor:
-        """M [width]; in evaluation 1 for the channels with a logit of 0 or more and 0 for the others."""
+        """M [width]; in evaluation 1 for the channels that stay and 0 for the others."""
         logits, now = self.logits.detach() if self.frozen else self.logits, int(self.step)
         if not self.training:
-            return (self.logits.detach() >= 0).to(logits) if bool(self.keep.all()) else self.keep.to(logits)
+            return self.stays().to(logits)
         return mask_scalar(logits, temperature(now, self.steps), offset(now, self.steps))
 
     def loss(self) -> Tensor:
@@ -137,10 +140,9 @@ class SharedMask(nn.Module):
             return self.logits.new_zeros(())
         return count_loss(self.logits, self.count) + separation_loss(self.logits)
 
-    @torch.no_grad()
-    def decide(self, keep: Tensor) -> None:
-        """None; `keep`, bool [width], is what stays from now on, in evaluation."""
-        self.keep.copy_(keep)
+    def stays(self) -> Tensor:
+        """The d' channels with the highest logits, ties by index: bool [width]."""
+        return top(self.logits.detach(), self.count)
 
 
 class Operator(nn.Module):
@@ -165,13 +167,13 @@ class Operator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """z for x [..., width], in its dtype."""
-        return (self.turned(x.to(self.scale.dtype)) * self.__dict__["mask"].scalar()).to(x.dtype)
+        mask: SharedMask = self.__dict__["mask"]
+        return (self.turned(x.to(self.scale.dtype)) * mask.scalar()).to(x.dtype)
 
     def turned(self, x: Tensor) -> Tensor:
         """D ⊙ (x + V·U·x): all but the mask."""
-        if not len(self.reduce):
-            return self.scale * x
-        return self.scale * (x + F.linear(F.linear(x, self.reduce), self.expand))
+        turned = x + F.linear(F.linear(x, self.reduce), self.expand) if len(self.reduce) else x
+        return self.scale * turned
 
     @torch.no_grad()
     def merged(self, tensor: Tensor, axis: int) -> Tensor:
@@ -188,3 +190,45 @@ class Operator(nn.Module):
         """What a forward hook gives."""
         found: Tensor = self(output)
         return found
+
+
+class MaskPruner:
+    """Anneals a shared mask while a model trains; call `step()` after each `optimizer.step()`.
+
+    The gradient of the losses that look at no data is added right before each step of the optimizer.
+
+    Args:
+        mask: of the width.
+        operators: of all layers that add to it.
+        optimizer: that trains both.
+        identity: whether `identity_loss` of every operator is among the losses.
+    """
+
+    def __init__(
+        self, mask: SharedMask, operators: Sequence[Operator], optimizer: Optimizer, *, identity: bool = True
+    ) -> None:
+        self._mask = mask
+        self._turning = [operator for operator in operators if len(operator.reduce)] if identity else []
+        self._handle = penalized(optimizer, self.loss)
+
+    def loss(self) -> Tensor | None:
+        """The sum of the losses of mask and operators; None where there is nothing to learn from them."""
+        found = [] if self._mask.frozen else [self._mask.loss()]
+        found += [identity_loss(operator.reduce) for operator in self._turning]
+        return torch.stack(found).sum() if found else None
+
+    def step(self) -> None:
+        """None; the mask is a step further."""
+        self._mask.step += 1
+
+    def finalize(self) -> Tensor:
+        """The channels that stay: bool [width]."""
+        self._handle.remove()
+        return self._mask.stays()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: all there is to know is in the state of the model that holds mask and operators."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """None; see `state_dict`."""

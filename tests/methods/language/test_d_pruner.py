@@ -214,18 +214,33 @@ def test_strength_turns_the_mask_towards_the_general_importance() -> None:
     target = masks_of(net(), general, dict.fromkeys(LAYERS, Comparison(0.5)))
 
     def agreement(strength: float) -> float:
-        made = run(general=general, how={"strength": strength, "form": "relative"})
+        made = run(general=general, how={"strength": strength, "form": "sum"})
         return sum(int((made.masks[n] & target[n]).sum()) for n in WEIGHTS) / (4 * 48)
 
     none, some, much = (agreement(s) for s in (0.0, 1.0, 30.0))
     assert none < some < much
 
 
-def test_the_penalty_is_measured() -> None:
-    told = {form: run(how={"form": form, "strength": 0.1}).report.recipe["dual"] for form in ("fisher", "relative")}
-    assert 0 < told["fisher"]["penalty"] < 1e-4
-    assert 0.1 < told["relative"]["penalty"] < 1
-    assert told["fisher"]["third"] == 0
+def test_the_penalty_is_measured_and_one_without_effect_is_warned_about() -> None:
+    with pytest.warns(UserWarning, match=r"changed the gradients by \de-\d\d of their size.* or take form='sum'"):
+        slight = run()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        strong = run(how={"fisher_scale": 1e6})
+        added = run(how={"form": "sum"})
+    told = [made.report.recipe["dual"] for made in (slight, strong, added)]
+    assert 0 < told[0]["penalty"] < 1e-3 < told[1]["penalty"]
+    assert (told[2]["penalty"], told[0]["third"]) == (0, 0)
+
+
+def test_a_sum_is_of_a_plain_training_and_the_general_importance() -> None:
+    general = general_importance(net(), batches(5, 1.0))
+    plain = dual_importance(net(), batches(), general, options=DPruner(epochs=2, strength=0.0))
+    both = dual_importance(net(), batches(), general, options=DPruner(epochs=2, strength=0.5, form="sum"))
+    for name, g in general.items():
+        expected = plain.scores[name] / plain.scores[name].mean() + 0.5 * g / g.mean()
+        torch.testing.assert_close(both.scores[name], expected)
+    assert both.to_dict() == plain.to_dict()
 
 
 def test_without_open_domain_data_the_domain_s_serve_with_a_warning() -> None:
@@ -415,4 +430,4 @@ def test_other_refusals() -> None:
     with pytest.raises(OptionError, match="D-Pruner makes one decision: leave out sensitivities="):
         run(sensitivities=(0.5,), test=batches())
     with pytest.raises(ModelError, match="is not finite: lower lr or strength"):
-        run(how={"strength": 1e38, "form": "relative", "epochs": 1})
+        run(how={"strength": 1e38, "fisher_scale": 1e38, "epochs": 1}, data=batches()[:2])

@@ -24,8 +24,9 @@ Defaults. λ = 0.1, rate 0.03 up for a tenth of the steps and then down on a lin
 1, SparseGPT with blocks of 128 and damping 0.01, one threshold a matrix: the released code's. H is the mean of g² over
 the steps so far (form="fisher"). form="released" is that code's arithmetic: gradients times the 2¹⁶ of its
 half-precision training, H = g²/1000 with another sign, and W³ added. With gradients in their own units the penalty by
-its formula is many orders smaller than the gradient, and λ without effect: form="relative" scales it so that λ is by
-how much it lengthens the mean gradient.
+its formula is many orders smaller than the gradient, and it multiplies g, so that it cannot keep a weight that the
+domain does not use: a warning says where λ had no effect. form="sum" is our own, in which it has: the fine-tuning is
+plain, and of each matrix S/mean(S) + λ·G/mean(G) ranks; begin with λ = 1.
 
 Not as in the released code. Counts are exact where it takes all that ties with a percentile. Its g² pushes every weight
 up; here the penalty keeps the sign of g. It keeps S of each pass for somebody to choose from; here the last is taken,
@@ -42,7 +43,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ from ...running import Clock, Stage, claim
 from ...solvers import Propagate, from_matrix, to_matrix
 from ...solvers.ranks import first
 from ...summary import Findings, quality_of
-from ...train.dual import DualImportance, Form, Sums, keep_by_blocks
+from ...train.dual import DualImportance, Form, Sums, combined, keep_by_blocks
 from ..parameters import Between, OneOf, check
 from ._general import Sweep, check_general, swept, totals, weight_of
 
@@ -74,6 +75,8 @@ __all__ = ["METHOD", "DPruner", "Importance", "d_pruner", "dual_importance", "ge
 
 # Relative distance of the tuned weights from the original ones from which on a mask for the latter is in doubt.
 _FAR = 0.1
+# Share of the gradients below which a penalty does not change what ranks.
+_SLIGHT = 1e-3
 _GENERAL = "general.safetensors"
 
 
@@ -83,7 +86,7 @@ class DPruner:
 
     Args:
         strength: λ (0.1, the code); with 0 the general importance is not needed, and S is of the domain alone.
-        form: "fisher" (default), "relative" or "released"; see above.
+        form: "fisher" (default), "released" or "sum"; see above.
         fisher_scale: c in H = c·F (1); the number of samples or tokens in a batch makes F an estimate of the curvature
             of a mean over them.
         epochs: passes over the domain's data (5, the code).
@@ -96,7 +99,7 @@ class DPruner:
     """
 
     strength: Annotated[float, Between(0)] = 0.1
-    form: Annotated[Form, OneOf(get_args(Form))] = "fisher"
+    form: Annotated[Form | Literal["sum"], OneOf((*get_args(Form), "sum"))] = "fisher"
     fisher_scale: Annotated[float, Between(0, closed="neither")] = 1.0
     epochs: Annotated[int, Between(1, whole=True)] = 5
     lr: Annotated[float, Between(0, closed="neither")] = 0.03
@@ -120,7 +123,7 @@ class Importance:
     """What a fine-tuning on the domain found.
 
     Args:
-        scores: S by name of the weight, float32 or wider, in its shape.
+        scores: S by name of the weight, float32 or wider, in its shape; for "sum" with λ·G, both over their means.
         sums: by name, the sizes of its terms.
         distance: ‖W_tuned - W‖ / ‖W‖ of these weights together.
         steps: of the fine-tuning.
@@ -304,8 +307,9 @@ def dual_importance(
     def build(trained: nn.Module, optimizer: Any) -> DualImportance:
         built.append(
             DualImportance(
-                trained, optimizer, names, general, strength=how.strength, form=how.form,
-                fisher_scale=how.fisher_scale, clip_norm=how.clip_norm,
+                trained, optimizer, names, general, strength=0.0 if how.form == "sum" else how.strength,
+                form="fisher" if how.form == "sum" else how.form, fisher_scale=how.fisher_scale,
+                clip_norm=how.clip_norm,
             )
         )  # fmt: skip
         return built[0]
@@ -314,12 +318,15 @@ def dual_importance(
         tuned, data, epochs=how.epochs, lr=how.lr, optimizer=SGD, schedule="linear-warmup", loss=loss, pruner=build,
         seed=seed, checkpoint=checkpoint, on_step=on_step,
     )  # fmt: skip
-    bad = [name for name, scores in built[0].scores.items() if not all_finite(scores)]
+    scores = built[0].scores
+    if how.form == "sum" and how.strength:
+        scores = {name: combined(s, general[name].to(s), how.strength) for name, s in scores.items()}
+    bad = [name for name, found in scores.items() if not all_finite(found)]
     if bad:
         raise ModelError(f"the importance of {bad[0]} is not finite: lower lr or strength, or look at the data.")
-    found = Importance(built[0].scores, built[0].sums, _distance(model, tuned, names), built[0].steps)
-    _warn(found, how)
-    return found
+    made = Importance(scores, built[0].sums, _distance(model, tuned, names), built[0].steps)
+    _warn(made, how)
+    return made
 
 
 def masks_of(
@@ -355,15 +362,10 @@ def _mask(model: nn.Module, layer: str, scores: Tensor, comparison: Comparison, 
 
 
 def _general_of(
-    model: nn.Module,
-    general: Iterable[Any] | Mapping[str, Tensor] | None,
-    data: Iterable[Any],
-    layers: Mapping[str, Comparison],
-    how: DPruner,
-    seed: int,
-    folder: Path | None,
+    model: nn.Module, general: Iterable[Any] | Mapping[str, Tensor] | None, data: Iterable[Any],
+    layers: Mapping[str, Comparison], how: DPruner, seed: int, folder: Path | None,
     on_block: Callable[[str], None] | None,
-) -> Mapping[str, Tensor]:
+) -> Mapping[str, Tensor]:  # fmt: skip
     """G, as given, as kept in the folder, or found."""
     if not how.strength:
         return {}
@@ -414,6 +416,12 @@ def _warn(found: Importance, how: DPruner) -> None:
         warnings.warn(
             f"the fine-tuning moved the weights by {found.distance:.0%} of their size, and the mask is for where they "
             f"began: lower lr ({how.lr:g}) or epochs ({how.epochs}).",
+            stacklevel=3,
+        )
+    if how.strength and how.form != "sum" and told["penalty"] < _SLIGHT:
+        warnings.warn(
+            f"the penalty changed the gradients by {told['penalty']:.0e} of their size, so that the general importance "
+            "has no part in the mask: raise strength or fisher_scale, or take form='sum'.",
             stacklevel=3,
         )
     if told["third"] > told["first"]:
