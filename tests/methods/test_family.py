@@ -17,9 +17,8 @@ from secateurs.methods.language.ziplm import ZipLM, ziplm
 from secateurs.pruning import FineTune
 from secateurs.recover.distill import Distillation
 from tests.methods.contract import batches, small, state_of
-from tests.methods.language.test_ziplm import FEW, counted
+from tests.methods.language.test_ziplm import FEW, counted, tokens
 from tests.methods.language.test_ziplm import family as model_of
-from tests.methods.language.test_ziplm import tokens
 
 X = torch.ones(2, 8)
 GIVEN: dict[str, Any] = {"data": batches(), "options": FEW, "measure": False, "timer": counted}
@@ -95,8 +94,10 @@ def test_token_distillation_adds_its_term_to_the_loss() -> None:
     given: dict[str, Any] = {"data": tokens(1), "options": ZipLM(starts=0, failures=0), "measure": False}
 
     def first_loss(recover: FineTune) -> float:
-        history = family(ziplm, model, x, ["macs<=60%"], recover=recover, scope="*.layer.0.*", **given)[0].report.history
-        return history.rows[0]["loss"]
+        history = family(ziplm, model, x, ["macs<=60%"], recover=recover, scope="*.layer.0.*", **given)[
+            0
+        ].report.history
+        return history.values[0]["loss"]
 
     recover = TokenDistilled(steps=1, lr=1e-3)
     assert recover.distillation == Distillation(temperature=1.0, alpha=1.0, tokens=0.5)

@@ -22,6 +22,7 @@ NUMBERS = {
     "rethinking-value": 8,
     "spa-obspa": 8,
     "perp": 8,
+    "ast": 8,
 }
 
 

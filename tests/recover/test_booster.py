@@ -91,7 +91,7 @@ def test_inputs_that_are_equal_in_each_run_get_the_dense_output() -> None:
         torch.testing.assert_close(model[place](given), dense[place](given), rtol=0, atol=1e-14)
         bare = copy.deepcopy(dense[place])
         bare.weight.data *= kept[name]
-        assert float((bare(given) - dense[place](given)).abs().max()) > 0.1
+        assert float((bare(given) - dense[place](given)).detach().abs().max()) > 0.1
 
 
 # -- the branch --------------------------------------------------------------------------------------------------------
@@ -194,12 +194,10 @@ def test_it_follows_any_one_shot_mask() -> None:
     inputs, data = torch.randn(2, 8), [torch.randn(6, 8)]
     options: dict[str, Any] = {"measure": False, "ignore": ("2", "4")}
     made = sec.prune(dense, inputs, "2:4", method="wanda", data=data, **options)
-    before = (made.model(inputs) - dense(inputs)).norm()
     boost(made.model, dense, made.masks, run=2)
     lost = (dense[0].weight * ~made.masks["0.weight"]).detach()
     left = lost - made.model[0].booster.product
     assert left.norm() < lost.norm()
-    assert (made.model(inputs) - dense(inputs)).norm() != before
 
 
 def test_no_sparse_form_runs_without_the_branch() -> None:
@@ -213,8 +211,8 @@ def test_what_makes_no_sense_is_refused() -> None:
     kept = masks(dense)
     with pytest.raises(OptionError, match=r"over runs of 3 needs inputs that 3 divides; 0\.weight has 8"):
         boost(copy.deepcopy(dense), dense, kept, run=3)
+    model, conv = copy.deepcopy(dense), nn.Conv2d(4, 4, 3)
     with pytest.raises(OptionError, match=r"over runs of 8 needs inputs that 8 divides; 2\.weight has 12"):
-        model = copy.deepcopy(dense)
         boost(model, dense, kept, run=8)
     assert boosters_of(model) == {}
     with pytest.raises(OptionError, match=r"runs of 3 needs inputs that 3 divides, got 4"):
@@ -222,7 +220,6 @@ def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(OptionError, match="start of a booster"):
         block_start(torch.ones(1, 4), 2, "men")  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="no pruned layer of Conv2d is a Linear or a Conv1D"):
-        conv = nn.Conv2d(4, 4, 3)
         boost(conv, conv, {"weight": torch.ones(4, 4, 3, 3, dtype=torch.bool)})
     boost(model, dense, kept, run=4)
     with pytest.raises(ModelError, match="0 has a booster already, which must be folded first"):

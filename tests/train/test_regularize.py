@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from secateurs.core.errors import ModelError, OptionError
-from secateurs.train.regularize import slimming_penalty, soft_filter_step
+from secateurs.train.regularize import penalized, slimming_penalty, soft_filter_step
 
 
 def net() -> nn.Sequential:
@@ -101,3 +101,22 @@ def test_soft_filters_in_scope_only() -> None:
         soft_filter_step(model, 1)
     with pytest.raises(ModelError, match=r"no convolution in the scope"):
         soft_filter_step(model, 0.5, scope="3")
+
+
+def test_a_penalty_counts_once_a_step_and_after_clipping() -> None:
+    weight = nn.Parameter(torch.tensor([1.0]))
+    optimizer = torch.optim.SGD([weight], 0.5)
+    asked = iter([weight.square().sum, lambda: None])
+    handle = penalized(optimizer, lambda: next(asked)())
+    weight.grad = torch.tensor([1.0])
+    with torch.no_grad():
+        optimizer.step()
+    # 1 - 0.5·(1 + 2·1)
+    assert weight.tolist() == [-0.5]
+    weight.grad = torch.tensor([1.0])
+    optimizer.step()
+    assert weight.tolist() == [-1.0]
+    handle.remove()
+    weight.grad = torch.tensor([1.0])
+    optimizer.step()
+    assert weight.tolist() == [-1.5]

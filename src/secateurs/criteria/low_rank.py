@@ -53,7 +53,7 @@ def importance(gradient: Tensor | None, weight: Tensor, change: Tensor) -> Tenso
 
 
 def unit_scores(group: ChannelGroup, saliency: Mapping[str, Tensor], cache: Cache | None = None) -> Tensor:
-    """One score a unit, float [units]: sums within each matrix over its units' entries, divided by their L2 norm, added.
+    """One score a unit, float [units]: sums over its entries in each matrix, divided there by their L2 norm, added up.
 
     Args:
         group: its members count whose tensors are in `saliency`: rows where a matrix makes the units, columns where

@@ -23,8 +23,10 @@ from .structure import Structure
 
 __all__ = ["entangled", "gain", "norms_over", "refuse_others", "rescale"]
 
-# Of the gain: what rounding in float32 leaves, and ε under numbers of size 1.
-_CLOSE = 1e-3
+# Of the gain: what rounding in float32 leaves.
+_CLOSE = 1e-4
+# Numbers beside whose squares no ε counts.
+_LARGE = 1e3
 
 
 def entangled(model: nn.Module, example_inputs: Any, structure: Structure) -> tuple[ChannelGroup, ...]:
@@ -47,7 +49,7 @@ def gain(module: nn.Module, width: int) -> Tensor | None:
     Found by calling it on random numbers, so that it is no matter how it is written.
     """
     twin = copy.deepcopy(module).double()
-    given = torch.randn(4, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    given = _LARGE * torch.randn(4, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     given = given.to(next((p.device for p in module.parameters()), given.device))
     try:
         with torch.no_grad():
@@ -93,25 +95,23 @@ def rescale(model: nn.Module, paths: Iterable[str], width: int, kept: int) -> No
     for path in paths:
         module = model.get_submodule(path)
         (weight,) = _weights(module, width)
-        base, slope = _affine(module, weight, width)
+        base, slope = _gain_at(module, width, 0.0), _gain_at(module, width, 1.0)
         # Gemma's gain is 1 + weight; others' is the weight.
+        slope -= base
         weight.copy_((math.sqrt(width / kept) * (base + slope * weight.double()) - base) / slope)
         for name, value in vars(module).items():
             if "eps" in name and isinstance(value, float):
                 setattr(module, name, value * width / kept)
 
 
-def _affine(module: nn.Module, weight: nn.Parameter, width: int) -> tuple[float, float]:
-    """The gain at a weight of zero, and by how much it grows with the weight."""
-    own = weight.clone()
-    found = []
-    for value in (0.0, 1.0):
-        weight.fill_(value)
-        made = gain(module, width)
-        assert made is not None
-        found.append(round(float(made.mean()), 2))
-    weight.copy_(own)
-    return found[0], found[1] - found[0]
+def _gain_at(module: nn.Module, width: int, value: float) -> float:
+    """The gain with every weight at `value`, which for any norm is a round number."""
+    twin = copy.deepcopy(module)
+    (weight,) = _weights(twin, width)
+    weight.fill_(value)
+    made = gain(twin, width)
+    assert made is not None
+    return round(float(made.mean()), 2)
 
 
 def _weights(module: nn.Module, width: int) -> list[nn.Parameter]:

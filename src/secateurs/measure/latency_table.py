@@ -1,15 +1,15 @@
-"""Seconds of the parts of a model at each level of their widths, measured here on parts that are really cut.
+"""Seconds of a model at each level of the widths of its parts, measured here on models that are really cut.
 
-A speed-up that parameters or MACs promise is not what a machine gives; so a part, such as an attention or a
-feed-forward layer, is timed at every level of a grid (ZipLM, Kurtic, Frantar and Alistarh 2023, arXiv 2302.04089).
-Times of parts add up to the time of a model where they run one after the other, as on a CPU or in a stream of a GPU.
+A speed-up that parameters or MACs promise is not what a machine gives; so attention and feed-forward layers are timed
+at every level of a grid (ZipLM, Kurtic, Frantar and Alistarh 2023, arXiv 2302.04089). Parts are timed where they work,
+in the model: one by itself, with caches and memory to itself, takes another time than among the others.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from statistics import median
 from typing import Any
 
 import torch
@@ -22,87 +22,78 @@ from ..solvers.blocks import without_cache
 from ._run import evaluating, forward
 from .latency import compare
 
-__all__ = ["Timer", "homes_of", "latency_table", "medians"]
+__all__ = ["Timer", "homes_of", "latency_table", "side_by_side"]
 
-# From modules and what each is called with, by name, to the seconds of each.
-Timer = Callable[[Mapping[str, nn.Module], Mapping[str, Any]], Mapping[str, float]]
-_WHOLE = "whole"
+# From a model, a smaller one and the inputs of both to the seconds of each.
+Timer = Callable[[nn.Module, nn.Module, Any], tuple[float, float]]
 
 
-def medians(models: Mapping[str, nn.Module], inputs: Mapping[str, Any], *, seconds: float = 0.1) -> dict[str, float]:
-    """Median seconds of each model, all measured in turn; see `compare`.
+def side_by_side(whole: nn.Module, smaller: nn.Module, inputs: Any, *, seconds: float = 0.3) -> tuple[float, float]:
+    """Median seconds of both models, run in turn; those of the second from the quotient within each round.
 
     Args:
         seconds: to spend on each.
     """
-    return {name: found.median for name, found in compare(models, inputs, seconds=seconds).items()}
+    found = compare({"whole": whole, "smaller": smaller}, inputs, seconds=seconds)
+    speedup = found["smaller"].speedup
+    assert speedup is not None
+    return found["whole"].median, found["whole"].median / speedup.median
 
 
 def latency_table(
     model: nn.Module,
     groups: Sequence[ChannelGroup],
     counts: Mapping[str, tuple[int, ...]],
-    smaller: Callable[[str, int], nn.Module],
+    smaller: Callable[[Mapping[str, int]], nn.Module],
     example_inputs: Any,
     *,
     opaque: Collection[str] = (),
-    timer: Timer = medians,
+    timer: Timer = side_by_side,
 ) -> Table:
-    """The seconds of one forward pass of `model`, and of the module that holds each group at each of its levels.
+    """The seconds of one forward pass of `model`, and what each group adds to them at each of its levels.
 
-    A module that is called several times counts as often. Modules alike in class, structure, shapes and inputs share
-    their entries: they are measured once. All is measured in one run, in turn, so that drift hits all alike; memory is
-    that of all copies of one module for each kind, about ten times the module for ZipLM's grid.
+    Groups whose modules are alike in class, structure, shapes and inputs are measured together, once: all of them are
+    cut to a level, and each has an equal share in what that saves. Every level is measured against the whole model, run
+    in turn with it, so that drift hits both alike; memory is that of these two.
 
     Args:
         model: left as it was.
         groups: what can go.
         counts: per group its levels, the first its size.
-        smaller: from a group's name and a count to a copy of the model in which that group alone is cut to it.
+        smaller: from kept counts of some groups to a copy of the model that is cut to them.
         example_inputs: of the batch size and sequence length that shall be fast.
         opaque: paths of modules that a cut replaces as a whole.
-        timer: how long each takes; the names are of no meaning.
+        timer: how long a model and a smaller one take.
 
     Raises:
         ModelError: the forward pass fails.
     """
     homes = homes_of(model, groups, example_inputs, opaque)
-    kinds: dict[Any, list[ChannelGroup]] = {}
+    kinds: dict[Any, list[str]] = {}
     for group in groups:
-        kinds.setdefault(_kind(model, group, counts[group.name], *homes[group.name][:2]), []).append(group)
-    jobs: dict[str, nn.Module] = {_WHOLE: model}
-    inputs: dict[str, Any] = {_WHOLE: example_inputs}
-    for number, (leader, *_) in enumerate(kinds.values()):
-        path, call, _times = homes[leader.name]
-        for count in counts[leader.name]:
-            whole = model if count == leader.size else smaller(leader.name, count)
-            jobs[f"{number}/{count}"] = whole.get_submodule(path)
-            inputs[f"{number}/{count}"] = call
-    taken = timer(jobs, inputs)
-    entries = {
-        group.name: tuple(homes[group.name][2] * taken[f"{number}/{count}"] for count in counts[group.name])
-        for number, members in enumerate(kinds.values())
-        for group in members
-    }
-    return Table(taken[_WHOLE], {group.name: counts[group.name] for group in groups}, entries)
+        kinds.setdefault(_kind(model, group, counts[group.name], *homes[group.name]), []).append(group.name)
+    taken: dict[tuple[str, int], float] = {}
+    wholes: list[float] = []
+    for names in kinds.values():
+        for count in counts[names[0]][1:]:
+            before, after = timer(model, smaller(dict.fromkeys(names, count)), example_inputs)
+            wholes.append(before)
+            taken |= {(name, count): (after / before - 1) / len(names) for name in names}
+    whole = median(wholes) if wholes else timer(model, model, example_inputs)[0]
+    entries = {name: tuple(whole * taken.get((name, n), 0.0) for n in levels) for name, levels in counts.items()}
+    return Table(whole, counts, entries)
 
 
 def homes_of(
     model: nn.Module, groups: Sequence[ChannelGroup], example_inputs: Any, opaque: Collection[str] = ()
-) -> dict[str, tuple[str, Call, int]]:
-    """Per group the path of the smallest module that is called and holds all of it, its first call, and their number.
+) -> dict[str, tuple[str, Call]]:
+    """Per group the path of the smallest module that is called and holds all of it, and its first call.
 
     Args:
         model, groups, example_inputs, opaque: see `latency_table`.
     """
     wanted = {group.name: list(_ancestors(group.tensors, opaque)) for group in groups}
     calls: dict[str, Call] = {}
-    times: Counter[str] = Counter()
-
-    def note(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        times[path] += 1
-        calls.setdefault(path, Call(args, kwargs))
-
     device = device_of(model)
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
@@ -110,12 +101,13 @@ def homes_of(
         stack.enter_context(torch.no_grad())
         for path in {path for paths in wanted.values() for path in paths}:
             hook = model.get_submodule(path).register_forward_pre_hook(
-                lambda _module, args, kwargs, path=path: note(path, args, kwargs), with_kwargs=True
+                lambda _module, args, kwargs, path=path: calls.setdefault(path, Call(args, kwargs)) and None,
+                with_kwargs=True,
             )
             stack.callback(hook.remove)
         forward(model, move(example_inputs, device))
     found = {name: next(path for path in paths if path in calls) for name, paths in wanted.items()}
-    return {name: (path, calls[path], times[path]) for name, path in found.items()}
+    return {name: (path, calls[path]) for name, path in found.items()}
 
 
 def _ancestors(tensors: Sequence[str], opaque: Collection[str]) -> Iterator[str]:

@@ -11,6 +11,7 @@ from .language import (
     exact_obs,
     flap,
     l_admm,
+    loraprune,
     pat,
     perp,
     ria,

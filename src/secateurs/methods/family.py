@@ -20,7 +20,7 @@ from ..core.errors import OptionError
 from ..core.state import read_state, write_state
 from ..graph.infer import infer
 from ..graph.plan import digest
-from ..measure.latency_table import Timer, medians
+from ..measure.latency_table import Timer, side_by_side
 from ..planning import batches_of
 from ..pruning import FineTune, Pruned, load
 from ..recover.distill import Distillation
@@ -71,7 +71,7 @@ def family(
     recover: FineTune | None = None,
     data: Iterable[Any] | None = None,
     folder: str | Path | None = None,
-    timer: Timer = medians,
+    timer: Timer = side_by_side,
     trust: Sequence[str] = (),
     **common: Any,
 ) -> list[Pruned]:
@@ -124,7 +124,7 @@ def _targets(
         return [Budget.parse(text) for text in read_state(file, "targets")]
     limit = asked[0].limits[0]
     if limit.metric in _TIMED:
-        whole = timer({"whole": model}, {"whole": example_inputs})["whole"]
+        whole = timer(model, model, example_inputs)[0]
     else:
         whole = infer(model, example_inputs).costs.total(limit.cost)
     targets = [Budget((_absolute(budget.limits[0], whole),)) for budget in asked]

@@ -92,6 +92,10 @@ class GradualUnits:
         inner = getattr(optimizer, "optimizer", optimizer)
         held = {id(p) for part in inner.param_groups for p in part["params"]}
         self._trained = {name for name in self._shown() if id(model.get_parameter(name)) in held}
+        if not self._trained:
+            raise OptionError(
+                "the optimizer holds no parameter that carries units; build it from those of this very model."
+            )
         shown = {name: mask for name, mask in self._shown().items() if name in self._trained}
         self._masks = Masks(model, shown, debug=debug)
         # Before the hooks of the masks: what they do to gradients is done, what the step does is not.
@@ -99,6 +103,7 @@ class GradualUnits:
         try:
             self._masks.watch(optimizer)
         except Exception:
+            # Whatever went wrong, no hook stays of a pruner that nobody gets to hold.
             self._remove()
             raise
 

@@ -46,9 +46,7 @@ def net() -> nn.Module:
 
 def batches() -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
-    return [
-        (torch.randn(16, 4, generator=generator), torch.randint(3, (16,), generator=generator)) for _ in range(3)
-    ]
+    return [(torch.randn(16, 4, generator=generator), torch.randint(3, (16,), generator=generator)) for _ in range(3)]
 
 
 def database_of(model: nn.Module, folder: Path, data: Any = None) -> Database:
@@ -67,9 +65,7 @@ def inputs_of(model: nn.Module, layer: str) -> Tensor:
     return torch.cat(seen).detach()
 
 
-def test_levels_are_those_of_structured_obs_on_the_inputs_of_the_unpruned_model(
-    net: nn.Module, tmp_path: Path
-) -> None:
+def test_levels_are_those_of_structured_obs_on_the_inputs_of_the_unpruned_model(net: nn.Module, tmp_path: Path) -> None:
     database = database_of(net, tmp_path)
     for group, counts in COUNTS.items():
         layer = group.replace("up", "down")

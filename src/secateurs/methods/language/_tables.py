@@ -104,9 +104,10 @@ def table_of(
     if limit.metric not in _TIMED:
         return cost_table(structure.costs, limit.cost, counts)
 
-    def smaller(name: str, count: int) -> nn.Module:
-        group = next(group for group in structure.groups if group.name == name)
-        return cut(model, structure, {name: torch.arange(group.size) < count})
+    def smaller(kept: Mapping[str, int]) -> nn.Module:
+        return cut(
+            model, structure, {name: torch.arange(structure.sizes[name]) < count for name, count in kept.items()}
+        )
 
     return latency_table(
         model, structure.groups, counts, smaller, example_inputs, opaque=structure.recorded, timer=timer

@@ -1,8 +1,8 @@
 """LoRAPrune: heads and channels go while LoRA tunes, ranked by what adapters and their gradients say of the weights.
 
-Zhang et al., "LoRAPrune: Structured Pruning Meets Low-Rank Parameter-Efficient Fine-Tuning", Findings of ACL 2024, arXiv
-2305.18403. Unit: attention heads (query groups where keys are shared) and inner channels of the feed-forward layers,
-cut out in the end. When: during training, of adapters alone: no weight of the model has a gradient. How:
+Zhang et al., "LoRAPrune: Structured Pruning Meets Low-Rank Parameter-Efficient Fine-Tuning", Findings of ACL 2024,
+arXiv 2305.18403. Unit: attention heads (query groups where keys are shared) and inner channels of the feed-forward
+layers, cut out in the end. When: during training, of adapters alone: no weight of the model has a gradient. How:
 
     1. adapters  LoRA on every linear layer that carries units: W + s·B·A
     2. score     Ĝ = gB·A + B·gA - gB·gA in place of the gradient of W, I = |Ĝ ⊙ (W + s·B·A)|; sums over each unit, the
@@ -303,12 +303,12 @@ def _within(
     names = [group.name for group in linear if homes[group.name] not in left_out]
     if not names and linear:
         raise ModelError(
-            f"all that could go lies in {', '.join(left_out[:3])}, of which nothing goes: lower skip_first or skip_last."
+            f"all that could go lies in {', '.join(left_out[:3])}, which are left out: lower skip_first or skip_last."
         )
     if not names:
         raise ModelError(
-            f"no {' or '.join(_KINDS[how.units])} of {type(model).__name__} lies in linear layers alone, whose adapters "
-            "would rank it: use another method for convolutions and fused attention."
+            f"no {' or '.join(_KINDS[how.units])} of {type(model).__name__} lies in linear layers alone, which "
+            "adapters need: use another method for convolutions and for attention that reads its weights itself."
         )
     return layers, structure.restricted(names)
 

@@ -5,7 +5,7 @@ Kurtic, Frantar and Alistarh, "ZipLM: Inference-Aware Structured Pruning of Lang
 layers of a transformer's blocks, cut out. When: after training, in forward passes over calibration data without
 gradients; or gradually, each step followed by training. How:
 
-    1. table     seconds of one attention at each number of heads, of one feed-forward layer at the widths m·0.9^i for
+    1. table     seconds of an attention at each number of heads, of a feed-forward layer at the widths m·0.9^i for
                  i = 0 … 42, and of the dropped ones, measured on this machine for the batch and length of the example
                  inputs; the model takes a fixed part and the sum of its entries (`measure.latency_table`)
     2. database  for the matrix that reads the units, with H = (2/n)·Σ x·xᵀ of the unpruned model: of all S the one
@@ -20,7 +20,8 @@ gradients; or gradually, each step followed by training. How:
 Defaults. Damping 0.01, 100 random starts, a tenth of the coefficients drawn anew, 100 failures a stage (published code
 of SPDY, whose search this is). Lambdas (0, 1, 0.5) are a starting point; the paper's depend on the task.
 
-Not as published. Prices are rounded so that a budget is never exceeded. Equal coefficients are tried, too. A module is
+Not as published. Modules are timed within the model, all of one shape cut to a level together, since one alone takes
+another time. Prices are rounded so that a budget is never exceeded. Equal coefficients are tried, too. A module is
 dropped as a whole, down to its bias, where the cut is proven to do so; elsewhere, and in the attention of models that
 generate, whose caches count tokens by it, one head or channel stays. Dropped modules have the time that was measured,
 not 0. Statistics are those of the unpruned model for all modules. "macs<=50%", "params<=50%" and "bytes<=50%" go the
@@ -51,7 +52,7 @@ from ...graph.infer import infer
 from ...graph.plan import ModelPlan, digest
 from ...graph.structure import Structure, fingerprint
 from ...graph.twin import twin
-from ...measure.latency_table import Timer, medians
+from ...measure.latency_table import Timer, side_by_side
 from ...planning import batches_of, recipe_of
 from ...pruning import FineTune, Pruned, completed
 from ...recover.context import seeded
@@ -99,7 +100,7 @@ def ziplm(
     budget: str | Budget,
     *,
     options: ZipLM | None = None,
-    timer: Timer = medians,
+    timer: Timer = side_by_side,
     data: Iterable[Any] | None = None,
     test: Iterable[Any] | None = None,
     loss: Loss | None = None,
@@ -127,7 +128,7 @@ def ziplm(
         example_inputs: of the batch size and sequence length that shall be fast.
         budget: one limit: "speedup>=2x", "latency<=5ms", or of "macs", "params" or "bytes".
         options: hyperparameters.
-        timer: how modules are timed; default: medians of repeated runs.
+        timer: how a smaller model is timed; default: medians of repeated runs, in turn with the whole model.
         data: calibration batches; with labels the search minimises the loss, else the distance from the outputs of the
             unpruned model, which are then held in memory.
         loss: of the search and of `recover`.
