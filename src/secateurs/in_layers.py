@@ -275,8 +275,13 @@ def solved(
         if hessian is not None:
             wrong += quadratic_error(matrix, found.weight, hessian)
             whole += quadratic_error(matrix, torch.zeros_like(matrix), hessian)
-    weight.copy_(from_matrix(module, torch.stack(parts), weight.shape))
-    return from_matrix(module, torch.stack(masks), weight.shape), wrong / whole if whole else 0.0
+    weight.copy_(from_matrix(module, _stacked(parts), weight.shape))
+    return from_matrix(module, _stacked(masks), weight.shape), wrong / whole if whole else 0.0
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    """The matrices of all groups in one tensor; of a single one without a copy."""
+    return parts[0][None] if len(parts) == 1 else torch.stack(parts)
 
 
 def _within_blocks(model: nn.Module, names: Iterable[str]) -> list[str]:

@@ -149,7 +149,7 @@ def test_the_peak_is_told_before_anything_is_read(tmp_path: Path, data: list[Any
         "post_attention_layernorm.weight",
     ))  # fmt: skip
     embeddings = shards.bytes("model.embed_tokens.weight") + shards.bytes("model.norm.weight")
-    assert told[0] == block + embeddings + 2 * 72 * 16 * 4
+    assert told[0] == block + embeddings + 2 * 72 * 16 * 4 + 16 * (16 * 32)
 
 
 def test_the_report_has_the_errors(tmp_path: Path, data: list[Any]) -> None:

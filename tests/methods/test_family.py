@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from secateurs.methods.language.ziplm import ZipLM, ziplm
 from secateurs.pruning import FineTune
 from secateurs.recover.distill import Distillation
 from tests.methods.contract import batches, small, state_of
-from tests.methods.language.test_ziplm import FEW, counted, tokens
+from tests.methods.language.test_ziplm import FEW, counted, seconds_of, tokens
 from tests.methods.language.test_ziplm import family as model_of
 
 X = torch.ones(2, 8)
@@ -28,14 +27,12 @@ def made(budgets: list[str], **changes: Any) -> list[sec.Pruned]:
     return family(ziplm, small(), X, budgets, **{**GIVEN, **changes})
 
 
-def time_of(model: nn.Module) -> float:
-    return counted({"it": model}, {})["it"]
-
-
 def test_speedups_are_of_the_first_model() -> None:
     found = made(["speedup>=1.2x", "speedup>=1.5x"])
-    assert [time_of(small()) / time_of(one.model) for one in found] == pytest.approx([1.2, 1.5], abs=0.1)
-    assert all(time_of(small()) / time_of(one.model) >= least for one, least in zip(found, (1.2, 1.5), strict=True))
+    assert [seconds_of(small()) / seconds_of(one.model) for one in found] == pytest.approx([1.2, 1.5], abs=0.1)
+    assert all(
+        seconds_of(small()) / seconds_of(one.model) >= least for one, least in zip(found, (1.2, 1.5), strict=True)
+    )
     assert found[1].plan.groups[0].size == found[0].plan.counts["0"]
 
 
@@ -78,8 +75,8 @@ def test_a_killed_family_goes_on_to_the_same_result(tmp_path: Path) -> None:
         made(budgets, recover=recover, folder=tmp_path, on_step=dies)
     assert [path.name for path in sorted(tmp_path.iterdir()) if path.is_dir()] == ["1", "1-run", "2-run"]
 
-    def slower(models: Mapping[str, nn.Module], inputs: Mapping[str, Any]) -> dict[str, float]:
-        return {name: 3 * seconds for name, seconds in counted(models, inputs).items()}
+    def slower(whole: nn.Module, smaller: nn.Module, inputs: Any) -> tuple[float, float]:
+        return 3 * seconds_of(whole), 3 * seconds_of(smaller)
 
     resumed = made(budgets, recover=recover, folder=tmp_path, timer=slower, on_step=lambda p: steps.append(p.step))
     assert steps[14:] == [5, 6, 7, 8]

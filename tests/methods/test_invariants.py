@@ -23,6 +23,7 @@ NUMBERS = {
     "spa-obspa": 8,
     "perp": 8,
     "ast": 8,
+    "loraprune": 8,
 }
 
 

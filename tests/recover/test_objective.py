@@ -56,7 +56,7 @@ def by_hand(student: list[Tensor], teacher: list[Tensor], seen: Tensor) -> float
     terms = []
     for learnt, guide in zip(student, teacher, strict=True):
         errors = [
-            float(((learnt[b, t] - guide[b, t]) ** 2).sum())
+            float(((learnt[b, t] - guide[b, t]) ** 2).sum().detach())
             for b in range(seen.shape[0])
             for t in range(seen.shape[1])
             if seen[b, t]
@@ -130,7 +130,7 @@ def test_the_objective_leaves_padding_out(nets: tuple[nn.Module, nn.Module]) -> 
         loss = training_objective(nets[0], None, 0.0, nets[1], Distillation(alpha=1.0, tokens=weight), None)
         torch.manual_seed(1)
         x = torch.randn(2, 5, 4)
-        losses += [float(loss({"x": x, "attention_mask": MASK})), float(loss({"x": x}))]
+        losses += [float(loss(batch).detach()) for batch in ({"x": x, "attention_mask": MASK}, {"x": x})]
     with hidden_states(nets[0], ["layers.0", "layers.1"]) as learnt:
         nets[0](x)
     with hidden_states(nets[1], ["layers.0", "layers.1"]) as guides:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from .budget import Pattern, units_kept
@@ -18,6 +19,8 @@ from .select import n_of_m, per_row, top
 __all__ = ["Comparison", "Within"]
 
 Within = Literal["matrix", "row"]
+# Scores that are ranked at a time, where rows are ranked one by one.
+_CHUNK = 2**20
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,16 @@ class Comparison:
         Raises:
             OptionError: NaN among the scores, or a pattern that does not divide the columns.
         """
+        if self.pattern is None and self.within == "matrix":
+            return top(scores, units_kept(self.sparsity, scores.numel()))
+        # Rows have nothing to do with one another, and some at a time need less memory.
+        some = max(_CHUNK // max(scores.shape[-1], 1), 1)
+        return torch.cat([self._keep_of_rows(rows) for rows in scores.split(some)])
+
+    def _keep_of_rows(self, scores: Tensor) -> Tensor:
         if self.pattern is not None:
             return n_of_m(scores, self._of_pattern, self.pattern.of)
-        if self.within == "row":
-            return per_row(scores, units_kept(self.sparsity, scores.shape[1]))
-        return top(scores, units_kept(self.sparsity, scores.numel()))
+        return per_row(scores, units_kept(self.sparsity, scores.shape[1]))
 
     def check(self, weight: Tensor, where: str = "the layer") -> None:
         """None; refuses a matrix that the pattern does not divide, before anything is computed.

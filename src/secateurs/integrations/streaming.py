@@ -35,6 +35,8 @@ _REPORT = "secateurs.json"
 _SMALL = (".json", ".txt", ".model", ".jinja", ".md", ".py", ".tiktoken")
 # Bytes from which on a tensor has a file of its own, so that copying holds little.
 _LARGE = 2**26
+# Bytes for each weight of a layer while it is solved: three matrices in float32, and masks.
+_WORK = 16
 
 
 class LayerwiseOptions(Protocol):
@@ -225,8 +227,13 @@ class _Run:
         self._here = json.loads(note.read_text(encoding="utf-8")) if finished else {}
         yield finished
         if not finished and first():
-            held = _tensors(block)
-            write_shard(file, {full: held[own].detach().to(shards.dtype(full)) for own, full in names.items()})
+            stored = {}
+            for own, full in names.items():
+                tensor = _tensors(block)[own].detach()
+                stored[full] = tensor.to(shards.dtype(full))
+                # One tensor at a time is there twice.
+                _put(block, own, tensor.to("meta"))
+            write_shard(file, stored)
             _write_json(note, self._here)
         wait()
         self._counts.update(self._here)
@@ -326,8 +333,9 @@ def _predicted(
         held = sum(_bytes(source, name) for name in source.inside(block).values())
         modules = [source.model.get_submodule(layer) for layer in inside]
         products = [_columns(module) ** 2 * 8 for module in modules] if solver.full else []
-        # A solver holds the products of its layer, a damped copy and its factor.
-        solving = sum(products) + 2 * max(products, default=0)
+        # A solver holds scores, a mask and the new weights of its layer; of the products two copies and a factor.
+        entries = max((module.get_parameter("weight").numel() for module in modules), default=0)
+        solving = _WORK * entries + sum(products) + 3 * max(products, default=0)
         widths = [_columns(module) for module in modules]
         activations = 2 * tokens * min(widths, default=0) * (source.dtype or torch.float32).itemsize
         peak = max(peak, held + solving + activations)

@@ -94,18 +94,21 @@ def homes_of(
     """
     wanted = {group.name: list(_ancestors(group.tensors, opaque)) for group in groups}
     calls: dict[str, Call] = {}
-    device = device_of(model)
+
+    def note(path: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            calls.setdefault(path, Call(args, kwargs))
+
+        return hook
+
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(without_cache(model))
         stack.enter_context(torch.no_grad())
         for path in {path for paths in wanted.values() for path in paths}:
-            hook = model.get_submodule(path).register_forward_pre_hook(
-                lambda _module, args, kwargs, path=path: calls.setdefault(path, Call(args, kwargs)) and None,
-                with_kwargs=True,
-            )
-            stack.callback(hook.remove)
-        forward(model, move(example_inputs, device))
+            handle = model.get_submodule(path).register_forward_pre_hook(note(path), with_kwargs=True)
+            stack.callback(handle.remove)
+        forward(model, move(example_inputs, device_of(model)))
     found = {name: next(path for path in paths if path in calls) for name, paths in wanted.items()}
     return {name: (path, calls[path]) for name, path in found.items()}
 
@@ -120,7 +123,7 @@ def _ancestors(tensors: Sequence[str], opaque: Collection[str]) -> Iterator[str]
         common.append(parts[0])
     for length in range(len(common), -1, -1):
         path = ".".join(common[:length])
-        if not any(path.startswith(f"{block}." if block else ".") or (not block and path) for block in opaque):
+        if not any(path != block and (not block or path.startswith(f"{block}.")) for block in opaque):
             yield path
 
 

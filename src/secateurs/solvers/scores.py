@@ -11,17 +11,17 @@ __all__ = ["relative_importance", "wanda_scores"]
 
 
 def wanda_scores(weight: Tensor, norm: Tensor) -> Tensor:
-    """|w_ij|·‖x_j‖, float64 [rows, columns] (Sun et al. 2024, arXiv 2306.11695, equation 1).
+    """|w_ij|·‖x_j‖, float32 or wider [rows, columns] (Sun et al. 2024, arXiv 2306.11695, equation 1).
 
     Args:
         weight: [rows, columns].
         norm: [columns], of the inputs.
     """
-    return weight.abs().double() * norm.double().to(weight.device)
+    return _sizes(weight).mul_(norm.to(weight.device))
 
 
 def relative_importance(weight: Tensor, norm: Tensor, power: float = 0.5) -> Tensor:
-    """(|w_ij|/Σ_i|w_ij| + |w_ij|/Σ_j|w_ij|)·‖x_j‖^power, float64 [rows, columns] (Zhang et al. 2024, equation 4).
+    """(|w_ij|/Σ_i|w_ij| + |w_ij|/Σ_j|w_ij|)·‖x_j‖^power (Zhang et al. 2024, equation 4): float32 or wider, like W.
 
     Args:
         weight: [rows, columns].
@@ -33,7 +33,11 @@ def relative_importance(weight: Tensor, norm: Tensor, power: float = 0.5) -> Ten
     """
     if not 0 <= power < float("inf"):
         raise OptionError(f"power must be at least 0, got {power}.")
-    sizes = weight.abs().double()
+    sizes = _sizes(weight)
     tiny = torch.finfo(sizes.dtype).tiny
     shares = sizes / sizes.sum(0, keepdim=True).clamp(min=tiny) + sizes / sizes.sum(1, keepdim=True).clamp(min=tiny)
-    return shares * norm.double().to(weight.device).pow(power)
+    return shares.mul_(norm.to(shares).pow(power))
+
+
+def _sizes(weight: Tensor) -> Tensor:
+    return weight.abs().to(torch.promote_types(weight.dtype, torch.float32))

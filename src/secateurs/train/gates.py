@@ -29,7 +29,7 @@ from ..core.units import Group
 from .hard_concrete import LIMIT, clamp_, deterministic, draw, extract, open_probability
 from .regularize import penalized
 from .scope import canonical_names
-from .spread import multiplied, parts_of
+from .spread import Part, multiplied, parts_of
 
 __all__ = ["GatePruner", "Gated", "Sparsity", "expected_sparsity", "gate_optimizer", "highest_sparsity", "lagrangian"]
 
@@ -109,6 +109,7 @@ class Gated(nn.Module):
         self.multipliers = nn.Parameter(torch.zeros(2, device=device))
         self.register_buffer("values", torch.ones_like(self.log_alpha, requires_grad=False))
         self.register_buffer("phase", torch.tensor(_OPEN))
+        self._parts = self._found_parts()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model gives with its gates as they are now."""
@@ -154,15 +155,20 @@ class Gated(nn.Module):
     @torch.no_grad()
     def fold(self) -> None:
         """None; the weights of `model` are multiplied by the fixed gates, which the model then does without."""
+        # Adapters may have been merged since.
+        self._parts = self._found_parts()
         parameters = dict(self.model.named_parameters())
         for name, value in self._multiplied(parameters, self._split(self.values)).items():
             parameters[name].copy_(value)
         self.values.fill_(1)
 
     def _multiplied(self, raw: Tensors, gates: Tensors) -> dict[str, Tensor]:
+        return multiplied(raw, [(part, gates[name]) for name, part in self._parts])
+
+    def _found_parts(self) -> list[tuple[str, Part]]:
+        """What the gates of each group multiply, by its name."""
         first = canonical_names(self.model)
-        parts = [(part, gates[g.name]) for g in self.groups for part in parts_of(g, first, ("out", "in"))]
-        return multiplied(raw, parts)
+        return [(group.name, part) for group in self.groups for part in parts_of(group, first, ("out", "in"))]
 
     def _split(self, flat: Tensor) -> dict[str, Tensor]:
         return {g.name: part for g, part in zip(self.groups, flat.split(self._sizes), strict=True)}

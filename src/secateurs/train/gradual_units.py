@@ -54,6 +54,7 @@ class GradualUnits:
         counts: from the averaged scores to the units of each group that stay in the end; asked once, when the first
             units go.
         decay: S ← decay·S + (1 - decay)·scores (0.9, LoRAPrune), from S = 0.
+        debug: check the masks at every step of the optimizer.
 
     Attributes:
         observed: optimizer steps whose scores are in the average.
@@ -98,7 +99,6 @@ class GradualUnits:
             )
         shown = {name: mask for name, mask in self._shown().items() if name in self._trained}
         self._masks = Masks(model, shown, debug=debug)
-        # Before the hooks of the masks: what they do to gradients is done, what the step does is not.
         self._handle = inner.register_step_pre_hook(self._observe)
         try:
             self._masks.watch(optimizer)
@@ -237,10 +237,10 @@ class GradualUnits:
             warnings.warn(
                 f"training ended at step {self._step}, before step {self.schedule.end} of the schedule: sparsity is "
                 f"{self.sparsity:.4g}, not {self.schedule.final:.4g}; give the schedule in optimizer steps.",
-                stacklevel=4,
+                stacklevel=3,
             )
         if self.skipped:
             warnings.warn(
                 f"scores were not finite at {self.skipped} of {self.skipped + self.observed} steps and were left out.",
-                stacklevel=4,
+                stacklevel=3,
             )

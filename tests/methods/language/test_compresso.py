@@ -39,7 +39,7 @@ def run(model: nn.Module, budget: str = "params<=70%", epochs: int = 15, **chang
 
 @cache
 def pruned(tied: bool) -> Any:
-    return run(llama(tied=tied))
+    return run(llama(tied=tied), epochs=60)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -109,16 +109,16 @@ def test_only_named_layers_are_adapted(monkeypatch: pytest.MonkeyPatch) -> None:
     stays = made.plan.keep["model.layers.0.mlp.gate_proj"]
     same = model.model.layers[0].mlp.gate_proj.weight[stays]
     assert torch.equal(made.model.model.layers[0].mlp.gate_proj.weight, same)
-    assert not torch.equal(made.model.model.layers[0].self_attn.v_proj.weight[0], model.model.layers[0].self_attn.v_proj.weight[0])  # fmt: skip
+    kept = made.plan.keep["model.layers.0.self_attn.q_proj"].repeat_interleave(4)
+    trained, first = (m.model.layers[0].self_attn.v_proj.weight for m in (made.model, model))
+    assert not torch.equal(trained, first[kept])
     assert sum(made.plan.counts.values()) == round(0.8 * (2 * 24 + 2 * 2))
 
 
 def test_a_budget_that_gates_cannot_reach_names_the_nearest() -> None:
-    with pytest.raises(
-        BudgetError, match=r"asks for a sparsity of 0\.96\d+, and gates that never close for good reac"
-    ) as e:
-        wide = nn.Sequential(nn.Linear(4, 400), nn.ReLU(), nn.Linear(400, 2))
-        compresso(wide, torch.randn(2, 4), "sparsity=96%", options=FAST, data=DATA, recover=sec.FineTune(epochs=1))
+    wide, training = nn.Sequential(nn.Linear(4, 400), nn.ReLU(), nn.Linear(400, 2)), sec.FineTune(epochs=1)
+    with pytest.raises(BudgetError, match=r"asks for a sparsity of 0\.96\d+, and gates that never close for good") as e:
+        compresso(wide, torch.randn(2, 4), "sparsity=96%", options=FAST, data=DATA, recover=training)
     assert e.value.nearest == "sparsity=95.2%"
     for budget in ("2:4", "params<=70%,macs<=50%", "latency<=50%"):
         with pytest.raises(BudgetError, match="Compresso needs one limit, such as"):
@@ -174,7 +174,7 @@ def test_batches_that_cannot_be_lengthened_are_refused() -> None:
 def test_the_same_seed_gives_the_same_model_and_the_original_is_left_alone() -> None:
     model = llama()
     before = copy.deepcopy(model.state_dict())
-    first, again, other = (run(model, epochs=3, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (run(model, epochs=2, seed=seed, test=None) for seed in (0, 0, 1))
     assert first.plan.same_as(again.plan)
     assert torch.equal(first.model(**INPUTS).logits, again.model(**INPUTS).logits)
     assert not all(torch.equal(first.plan.scores[n], s) for n, s in other.plan.scores.items())

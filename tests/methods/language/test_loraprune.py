@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from secateurs.core.units import ChannelGroup
 from secateurs.graph.cut import cut
 from secateurs.graph.infer import infer
 from secateurs.methods.language._adapted import with_adapters
-from secateurs.methods.language.loraprune import Guide, LoraPrune, _within, loraprune
+from secateurs.methods.language.loraprune import Guide, LoraPrune, _left_out, _within, loraprune
 from secateurs.recover.adapters import adapters_of, attach
 from secateurs.recover.trainable import only_trained
 from secateurs.train import GradualUnits
@@ -56,6 +57,12 @@ def run(name: str = "Llama", budget: str = "sparsity=50%", how: LoraPrune = HOW,
     model, x = built(name)
     settings = {"data": tokens(), "recover": sec.FineTune(**TUNED), "measure": False, "options": how, **changes}
     return loraprune(model, x, budget, **settings)
+
+
+@cache
+def tuned(criterion: Any = "lora") -> sec.Pruned:
+    """The run with all defaults, made once."""
+    return run(how=LoraPrune(rank=4, every=2, criterion=criterion))
 
 
 @pytest.fixture
@@ -201,7 +208,7 @@ def size(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("name", ["Llama", "GPT-2"])
 def test_families_are_pruned_while_they_tune(name: str, tmp_path: Path) -> None:
-    made = run(name, how=LoraPrune(rank=4, every=2))
+    made = tuned() if name == "Llama" else run(name)
     blocks = {"Llama": ("model.layers.0.", "model.layers.1."), "GPT-2": ("transformer.h.0.",)}[name]
     assert {group.kind for group in made.plan.groups} == {"head", "channel"}
     # The last block keeps all it has.
@@ -224,7 +231,7 @@ def test_families_are_pruned_while_they_tune(name: str, tmp_path: Path) -> None:
 
 
 def test_criteria_take_other_units_and_the_plan_holds_their_scores() -> None:
-    made = {c: run(how=LoraPrune(rank=4, every=2, criterion=c)) for c in CRITERIA}
+    made = {c: tuned(c) for c in CRITERIA}
     kept = {c: [m.tolist() for m in m.plan.keep.values()] for c, m in made.items()}
     assert kept["lora"] != kept["magnitude"]
     assert kept["grad"] != kept["magnitude"]
@@ -242,16 +249,25 @@ def test_criteria_take_other_units_and_the_plan_holds_their_scores() -> None:
 @pytest.mark.parametrize(
     ("how", "blocks"),
     [
-        (LoraPrune(rank=4), [*range(1, 9)]),
-        (LoraPrune(rank=4, skip_first=0.29), [*range(2, 9)]),
-        (LoraPrune(rank=4, skip_first=0.0, skip_last=0), [*range(10)]),
-        (LoraPrune(rank=4, skip_first=0.5, skip_last=4), [5]),
+        (LoraPrune(), [*range(3, 31)]),
+        (LoraPrune(skip_first=0.06), [*range(1, 31)]),
+        (LoraPrune(skip_first=0.0, skip_last=0), [*range(32)]),
+        (LoraPrune(skip_first=0.5, skip_last=15), [16]),
+        (LoraPrune(skip_last=40), []),
     ],
 )
 def test_the_first_tenth_and_the_last_block_are_left_out(how: LoraPrune, blocks: list[int]) -> None:
-    model, x = built("Llama", num_hidden_layers=10)
-    layers, structure = _within(model, x, how, None, ())
-    assert sorted({int(g.name.split(".")[2]) for g in structure.groups}) == blocks
+    names = [f"layers.{i}" for i in range(32)]
+    left = _left_out(names, how)
+    assert [i for i, name in enumerate(names) if name not in left] == blocks
+    assert len(set(left)) == len(left)
+    assert _left_out([""], how) == ()
+
+
+def test_groups_lie_in_blocks_that_are_not_left_out_and_all_layers_are_adapted() -> None:
+    model, x = built("Llama", num_hidden_layers=10, hidden_size=16)
+    layers, structure = _within(model, x, LoraPrune(), None, ())
+    assert sorted({int(g.name.split(".")[2]) for g in structure.groups}) == [*range(1, 9)]
     assert len(layers) == 70
 
 
@@ -266,8 +282,8 @@ def test_only_adapters_train_and_blocks_that_are_left_out_train_too() -> None:
         if "h.0." not in name:
             assert torch.equal(own[name], old) is not adapted_last
     adapters, whole = made.report.recipe["loraprune"]["trained"], sum(p.numel() for p in before.values())
-    # Rank 4 times inputs and outputs of 64 to 192, 64 to 64, 64 to 128 and back, in two blocks.
-    assert adapters == 2 * 4 * (256 + 128 + 192 + 192)
+    # Rank 4 times inputs and outputs of 64 to 192, 64 to 64, 64 to 256 and back, in two blocks.
+    assert adapters == 2 * 4 * (256 + 128 + 320 + 320)
     assert adapters < whole / 10
 
 
@@ -298,19 +314,17 @@ class _Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("criterion", ["lora", "grad"])
-def test_a_killed_run_resumes_to_the_same_bits(criterion: Any, tmp_path: Path) -> None:
-    how = LoraPrune(rank=4, every=2, criterion=criterion)
-    whole = run(how=how)
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    whole = tuned()
 
     def dies(progress: Any) -> None:
         if progress.step == 8:
             raise _Killed
 
     with pytest.raises(_Killed):
-        run(how=how, checkpoint=tmp_path, on_step=dies)
+        run(checkpoint=tmp_path, on_step=dies)
     steps: list[int] = []
-    resumed = run(how=how, checkpoint=tmp_path, on_step=lambda progress: steps.append(progress.step))
+    resumed = run(checkpoint=tmp_path, on_step=lambda progress: steps.append(progress.step))
     assert steps == [*range(7, 13)]
     assert resumed.plan.same_as(whole.plan)
     assert all(torch.equal(resumed.plan.scores[n], scores) for n, scores in whole.plan.scores.items())
@@ -352,13 +366,21 @@ def test_models_without_what_it_needs_are_refused() -> None:
     with pytest.raises(ModelError, match=r"lies in model\.layers\.0, .*, which are left out: lower skip_first"):
         loraprune(model, x, "sparsity=50%", options=LoraPrune(rank=4, skip_first=0.99), **arguments)
     conv = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
-    with pytest.raises(ModelError, match=r"no channel or head of Sequential lies in linear layers alone"):
+    with pytest.raises(ModelError, match=r"no channel or head in scope of Sequential lies in linear layers"):
         loraprune(conv, torch.randn(1, 3, 8, 8), "sparsity=50%", options=LoraPrune(rank=4), **arguments)
 
 
+def test_layers_outside_blocks_carry_no_adapter() -> None:
+    model, x = built("BERT")
+    layers, structure = _within(model, x, LoraPrune(), None, ())
+    # The classifier reads the pooler's units, which lie in no block.
+    assert {name.split(".")[1] for name in layers} == {"encoder"}
+    assert [group.kind for group in structure.groups] == ["head", "channel"]
+
+
 def test_without_a_list_of_blocks_nothing_is_left_out() -> None:
-    made = loraprune(
-        small(), INPUTS, "sparsity=50%", options=LoraPrune(rank=4, every=2), data=batches(),
+    made = sec.prune(
+        small(), INPUTS, "sparsity=50%", method="loraprune", options=LoraPrune(rank=4, every=2), data=batches(),
         recover=sec.FineTune(epochs=3, lr=0.05), measure=False,
     )  # fmt: skip
     assert made.plan.counts == {"0": 8}

@@ -33,7 +33,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -111,7 +110,7 @@ def ast(
         model: trained; also the teacher. Layers outside its blocks, and what the pattern does not divide, stay dense.
         example_inputs: as for `prune`.
         budget: "2:4" and the like, or "sparsity=50%" of each row.
-        recover: the training; the paper's has AdamW, betas of 0.9 and 0.95, clipping and a cosine.
+        recover: the training, whatever its `distill` says; the paper's has AdamW, betas of 0.9 and 0.95 and a cosine.
         options: hyperparameters.
         seed: of the training.
         common: data, test and the rest of `prune`'s arguments. The report's recipe has the "flips".
@@ -130,9 +129,7 @@ def ast(
     def train(session: Session) -> dict[str, Tensor]:
         names = [f"{layer}.weight".lstrip(".") for layer in compared]
         comparison = next(iter(compared.values()))
-        with session.clock("calibrating"), seeded(seed, "calibrating"):
-            batches = list(islice(one_pass(session.data), how.calibration)) if how.score == "wanda" else []
-            norms = input_norms(session.original, take(batches), list(compared)) if how.score == "wanda" else {}
+        norms = _norms(session, list(compared), how, seed)
         if how.booster != "none":
             first = first_masks(session.model, names, comparison, norms)
             boost(session.model, session.original, first, run=how.run, train_projection=how.train_projection)
@@ -199,6 +196,14 @@ def input_norms(model: nn.Module, data: Iterable[Any], layers: Sequence[str]) ->
         spread = gram.norm[:, None].expand(to_matrix(layer, weight).shape)
         found[f"{name}.weight".lstrip(".")] = from_matrix(layer, spread, weight.shape)
     return found
+
+
+def _norms(session: Session, layers: Sequence[str], how: Ast, seed: int) -> dict[str, Tensor]:
+    """What multiplies |w| in the scores; nothing for magnitudes."""
+    if how.score == "magnitude":
+        return {}
+    with session.clock("calibrating"), seeded(seed, "calibrating"):
+        return input_norms(session.original, take(one_pass(session.data), how.calibration), layers)
 
 
 METHOD = method(

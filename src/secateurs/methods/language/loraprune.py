@@ -4,7 +4,7 @@ Zhang et al., "LoRAPrune: Structured Pruning Meets Low-Rank Parameter-Efficient 
 arXiv 2305.18403. Unit: attention heads (query groups where keys are shared) and inner channels of the feed-forward
 layers, cut out in the end. When: during training, of adapters alone: no weight of the model has a gradient. How:
 
-    1. adapters  LoRA on every linear layer that carries units: W + s·B·A
+    1. adapters  LoRA on every linear layer of a block that carries units: W + s·B·A
     2. score     Ĝ = gB·A + B·gA - gB·gA in place of the gradient of W, I = |Ĝ ⊙ (W + s·B·A)|; sums over each unit, the
                  rows of the matrices that make it and the columns of those that consume it, divided by the L2 norm of
                  all units in that matrix, and added up over matrices
@@ -14,8 +14,8 @@ layers, cut out in the end. When: during training, of adapters alone: no weight 
     5. finish    adapters are merged, what went is cut out, and the cut is proven
 
 `criterion="grad"` has the weights' own gradients in place of Ĝ and "magnitude" ones: the comparisons of the paper. With
-any, units go by one rule: `train.GradualUnits`. Any linear layers do, not only those of a language model; a group takes
-part if all matrices that carry it are linear layers.
+any, units go by one rule: `train.GradualUnits`. Any linear layers do, not only those of a language model; heads or
+channels of a layer take part if all matrices that carry them are linear layers of one block.
 
 Defaults. Rank 8, alpha 16, dropout 0.05, gradients clipped to norm 1, and the numbers above are the scripts'; their
 training is `FineTune(epochs=2, lr=1e-4, optimizer="adamw", weight_decay=0)` with batches of 128. Units are not taken
@@ -54,7 +54,7 @@ from ...graph.infer import infer
 from ...graph.plan import ModelPlan, digest
 from ...graph.structure import Structure, fingerprint
 from ...in_training import Session, prune_by_training
-from ...planning import recipe_of
+from ...planning import in_scope, recipe_of
 from ...pruning import FineTune, Pruned
 from ...recover.adapters import Adapter, Adapters, adaptable, attach
 from ...recover.trainable import is_tied, only_trained
@@ -294,12 +294,14 @@ def _within(
     ignore: str | Sequence[str],
 ) -> tuple[list[str], Structure]:
     """The layers that get adapters, and the structure in which only those units can go that may."""
-    homes = offered(model, example_inputs, _KINDS[how.units], scope=scope, ignore=ignore)
+    homes = offered(model, example_inputs, _KINDS["heads and channels"])
     structure = infer(model, example_inputs, entangled=False)
-    carrying = {tensor for group in structure.groups for tensor in group.tensors}
+    inside = [group for group in structure.groups if group.name in homes]
+    carrying = {tensor for group in inside for tensor in group.tensors}
     layers = [n for n in adaptable(model) if weight_of(n) in carrying and not is_tied(model, n)]
+    wanted = {group.name for group in in_scope(structure.groups, scope, ignore) if group.kind in _KINDS[how.units]}
     left_out = _left_out(blocks_of(model), how)
-    linear = [g for g in structure.groups if g.name in homes and _all_linear(g, layers)]
+    linear = [group for group in inside if group.name in wanted and _all_linear(group, layers)]
     names = [group.name for group in linear if homes[group.name] not in left_out]
     if not names and linear:
         raise ModelError(
@@ -307,8 +309,8 @@ def _within(
         )
     if not names:
         raise ModelError(
-            f"no {' or '.join(_KINDS[how.units])} of {type(model).__name__} lies in linear layers alone, which "
-            "adapters need: use another method for convolutions and for attention that reads its weights itself."
+            f"no {' or '.join(_KINDS[how.units])} in scope of {type(model).__name__} lies in linear layers "
+            "alone, which adapters need: use another method for convolutions and fused attention."
         )
     return layers, structure.restricted(names)
 

@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
 
@@ -59,7 +59,7 @@ from ...recover.context import seeded
 from ...running import Clock, Stage, claim
 from ...summary import Findings, quality_of
 from ..offered import offered
-from ..parameters import Between, check
+from ..parameters import Between, OneOf, check
 from ._database import Database, build, consumers_of
 from ._tables import allowed, levels_of, limit_of, table_of
 from ._trial import Trial
@@ -80,6 +80,7 @@ class ZipLM:
         failures: draws in a row without success that end a stage of the search (100).
         buckets: parts of the budget in the dynamic programming (10,000).
         factor, steps: widths are m·factor^i for i = 0 … steps (0.9 and 42).
+        prior: "error", p as above (default), or "squared error", p², by which errors spread over modules.
     """
 
     damping: Annotated[float, Between(0)] = 0.01
@@ -89,6 +90,7 @@ class ZipLM:
     buckets: Annotated[int, Between(1, whole=True)] = 10_000
     factor: Annotated[float, Between(0, 1, closed="neither")] = 0.9
     steps: Annotated[int, Between(1, whole=True)] = 42
+    prior: Annotated[Literal["error", "squared error"], OneOf(("error", "squared error"))] = "error"
 
     def __post_init__(self) -> None:
         check(self)
@@ -232,7 +234,8 @@ def _searched(
 ) -> tuple[Found, dict[str, int]]:
     """What the search found, and the units that each group keeps."""
     groups = list(database.counts)
-    priors = [database.solved[group].errors for group in groups]
+    power = 2 if how.prior == "squared error" else 1
+    priors = [[error**power for error in database.solved[group].errors] for group in groups]
     prices = [table.above[group] for group in groups]
     trial = Trial(model, database, batches, loss)
 
