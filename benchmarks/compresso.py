@@ -63,7 +63,7 @@ def gates(dense: nn.Module, rows: Tensor, test: list[Batch], sparsity: float, se
     """Perplexity, and the sparsity expected and real, of Compresso."""
     made = compresso(
         dense, {"input_ids": rows[:2]}, f"params<={1 - sparsity:.0%}", options=HOW,
-        recover=FineTune(steps=STEPS, lr=RATE, schedule="linear", weight_decay=0.0), data=labelled(rows, BATCH),
+        recover=FineTune(steps=STEPS, lr=RATE, schedule="linear", weight_decay=0.0, data=epochs_of(rows, seed)),
         seed=seed, measure=False,
     )  # fmt: skip
     return perplexity(made.model, test), made.report.recipe["expected_sparsity"], 1 - made.plan.cost("params")
@@ -107,7 +107,8 @@ def main() -> None:
         system="compresso",
         claim="Gates learned with LoRA lose less than one-shot pruning of the same units with as much LoRA after it; "
         "the expected sparsity comes within 0.5 points of the target, the real one within 1 point of the expected.",
-        held=f"Perplexity of pruning once minus that of gates: {told} ({holds(min(gains.values()) > 0)}). Expected sparsity off by at most {100 * max(misses):.2f} points "
+        held=f"Perplexity of pruning once minus that of gates: {told} ({holds(min(gains.values()) > 0)}). "
+        f"Expected sparsity off by at most {100 * max(misses):.2f} points "
         f"({holds(max(misses) <= 0.005)}), real off the expected by at most {100 * max(drifts):.2f} "
         f"({holds(max(drifts) <= 0.01)}).",
         columns=("parameters removed", "arm", "perplexity", "before LoRA", "expected sparsity, %", "real, %"),

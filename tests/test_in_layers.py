@@ -106,6 +106,19 @@ def test_the_report_has_the_error_of_each_layer(model: Net, data: list[Any]) -> 
     assert "Output error" not in render(sec.prune(model, data[0][0], "sparsity=50%", granularity="weight").report)
 
 
+def test_blocks_with_more_outliers_keep_more(model: Net, data: list[Any]) -> None:
+    with torch.no_grad():
+        model.blocks[1].up.weight[:4, :4] *= 50
+    made = run(model, data, allocation="owl", allocation_options={"spread": 0.2})
+    kept = {name: float(mask.float().mean()) for name, mask in made.masks.items()}
+    assert kept["blocks.1.up.weight"] == kept["blocks.1.down.weight"]
+    assert kept["blocks.1.up.weight"] > kept["blocks.0.up.weight"]
+    assert sum(kept.values()) / 6 == pytest.approx(0.5, abs=1 / 128)
+    given = {name.removesuffix(".weight"): 1.0 if "1" in name else 0.0 for name in kept}
+    again = run(model, data, allocation="owl", allocation_options={"spread": 0.2, "outliers": given})
+    assert float(again.masks["blocks.1.up.weight"].float().mean()) == pytest.approx(0.5 + 0.4 * 2 / 3, abs=1 / 64)
+
+
 def test_scope_and_ignore_choose_layers(model: Net, data: list[Any]) -> None:
     assert sorted(run(model, data, scope="*.up").masks) == [f"blocks.{i}.up.weight" for i in range(3)]
     assert sorted(run(model, data, ignore="blocks.1.*").masks) == [

@@ -20,6 +20,7 @@ from .core.errors import BudgetError, ModelError, OptionError
 from .core.plan import pack, unpack
 from .core.state import read_state, write_state
 from .criteria.face import check_finite
+from .criteria.outliers import outlier_shares
 from .graph.plan import digest
 from .planning import batches_of, plan_of_masks, recipe_of
 from .pruning import FineTune, Pruned, completed
@@ -142,7 +143,8 @@ def prune_in_layers(
         sensitivities, budgets: refused, since nothing is scored once from which other decisions could be made.
         checkpoint: a folder that keeps every block that is done.
         on_block: told of each.
-        allocation, allocation_options: a density rule of `core.allocate`; uniform is what papers do.
+        allocation, allocation_options: a density rule of `core.allocate`; uniform is what papers do. "owl" measures the
+            outliers of each block on `data`, unless they are given (Yin et al. 2024, arXiv 2310.05175).
         propagate, levels: see `solvers.layerwise.Gathering`.
         settings: the method's own, by which a checkpoint knows its run.
         others: as for `prune`.
@@ -169,9 +171,10 @@ def prune_in_layers(
     notes = Findings(model=name or type(model).__name__)
     clock = Clock(notes.seconds, on_stage)
     with clock("planning"):
-        comparisons = layers_to_solve(
-            model, recipe.budget, solver.within, scope, ignore, allocation, allocation_options
-        )
+        shares = dict(allocation_options or {})
+        if allocation == "owl" and "outliers" not in shares:
+            shares["outliers"] = _outliers(model, recipe.budget, scope, ignore, batches, seed)
+        comparisons = layers_to_solve(model, recipe.budget, solver.within, scope, ignore, allocation, shares)
         made = copy.deepcopy(model)
     gathering = Gathering(full=True, propagate=propagate, levels=levels)
     with clock("solving"), seeded(seed, "solving"):
@@ -282,6 +285,21 @@ def solved(
 def _stacked(parts: list[Tensor]) -> Tensor:
     """The matrices of all groups in one tensor; of a single one without a copy."""
     return parts[0][None] if len(parts) == 1 else torch.stack(parts)
+
+
+def _outliers(
+    model: nn.Module,
+    budget: Budget,
+    scope: str | Sequence[str] | None,
+    ignore: str | Sequence[str],
+    data: Sequence[Any],
+    seed: int,
+) -> dict[str, float]:
+    """Per layer the share of outliers in its block."""
+    blocks = layers_by_block(model, layers_to_solve(model, budget, "matrix", scope, ignore))
+    weights = {block: [f"{layer}.weight".lstrip(".") for layer in inside] for block, inside in blocks.items() if inside}
+    found = outlier_shares(model, weights, data, seed=seed)
+    return {layer: found[block] for block, inside in blocks.items() for layer in inside}
 
 
 def _within_blocks(model: nn.Module, names: Iterable[str]) -> list[str]:

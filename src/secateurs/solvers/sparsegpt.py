@@ -77,8 +77,9 @@ def sparsegpt(
     panel = _PANEL if pattern is None else pattern.of
     width = block if pattern is None else max(block // panel, 1) * panel
     loss = sum(_sweep_block(sweep, a, min(a + width, weight.shape[1]), panel) for a in range(0, weight.shape[1], width))
-    kept = sweep.keep.T.to(weight.device)
-    made = (weight - sweep.change.T.to(weight.device)).masked_fill_(~kept, 0).to(weight)
+    # Rows and columns are exchanged in one pass each: arithmetic across memory is several times slower.
+    kept = sweep.keep.T.contiguous().to(weight.device)
+    made = (weight - sweep.change.T.contiguous().to(weight.device)).masked_fill_(~kept, 0).to(weight)
     # A sweep that removes nothing changes nothing, but -0.0 minus -0.0 is 0.0.
     made = weight.clone() if bool(kept.all()) else made
     scores = None if sweep.scores is None else sweep.scores.T.to(weight.device)
@@ -110,13 +111,13 @@ def _begin(
     with_scores: bool,
 ) -> _Sweep:
     # With rows and columns reversed, Cholesky's L·Lᵀ becomes Rᵀ·R.
-    root = factor(hessian.flip(0, 1), share=damping, where=where).flip(0, 1).T
-    scale = root.diagonal().clone()
+    root = factor(hessian.flip(0, 1), share=damping, where=where)
+    scale = root.diagonal().flip(0)
     change = torch.empty(weight.shape[::-1], dtype=torch.promote_types(weight.dtype, torch.float32), device=root.device)
     change.copy_(weight.T)[(hessian.diagonal() == 0).to(root.device)] = 0
     keep = torch.ones_like(change, dtype=torch.bool) if mask is None else mask.T.to(change.device).contiguous()
     scores = torch.empty_like(change) if with_scores else None
-    lower = root.div_(scale[:, None]).to(change.dtype)
+    lower = root.div_(root.diagonal().clone()).to(change.dtype).flip(0, 1).T
     return _Sweep(comparison, lower, scale.square(), change, keep, scores)
 
 
@@ -154,7 +155,9 @@ def _choose(sweep: _Sweep, drift: Tensor, c: int, d: int) -> None:
     if sweep.comparison is None and sweep.scores is None:
         return
     change, corner = sweep.change[c:d], sweep.lower[c:d, c:d]
-    now = change - torch.linalg.solve_triangular(corner, drift, upper=False, unitriangular=True)
+    # From the right, so that what comes back lies in memory as `change` does.
+    moved = torch.linalg.solve_triangular(corner.T, drift.T, upper=True, left=False, unitriangular=True).T
+    now = change - moved
     # |w|/U_jj ranks as its square does, and cannot overflow where that would.
     costs = now.abs_().mul_(sweep.pivots[c:d, None].sqrt().to(now.dtype))
     if sweep.scores is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .gates import Gated, GatePruner
 from .gradual_units import GradualUnits
 from .granet import SET, GraNet, RigL
 from .magnitude import GlobalMagnitude, GradualMagnitude
@@ -22,6 +23,8 @@ __all__ = [
     "SET",
     "SRSTE",
     "Drawn",
+    "GatePruner",
+    "Gated",
     "GlobalMagnitude",
     "GraNet",
     "GradualMagnitude",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import secateurs as sec
 from secateurs.core.errors import BudgetError, DataError, ModelError, OptionError
@@ -142,6 +143,17 @@ def test_layer_norms_are_refused_and_not_in_the_way_of_channels() -> None:
 def test_shares_must_follow_each_other() -> None:
     with pytest.raises(OptionError, match="begin, end and fix must follow each other"):
         Compresso(begin=0.5, end=0.4)
+
+
+def test_transposed_weights_are_gated_along_their_own_axes() -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=4, n_positions=32)).eval()
+    made = run(model, "sparsity=30%", epochs=8, options=replace(FAST, granularity="channel"))
+    assert quality_of(made.model, DATA)["nll"] == pytest.approx(
+        made.report.stages["pruned in training"]["nll"], rel=1e-6
+    )
+    with pytest.raises(ModelError, match=r"\(LayerNorm\) normalises over the residual width"):
+        run(model, epochs=1)
 
 
 # -- the prompt --------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import secateurs as sec
 from benchmarks.families import FAMILIES
 from secateurs.core.errors import BudgetError, DataError, ModelError, OptionError
 from secateurs.graph.infer import infer
+from secateurs.methods.language._database import Database, build, consumers_of
 from secateurs.methods.language._tables import levels_of
 from secateurs.methods.language.ziplm import ZipLM, predicted_speedup, ziplm
 from tests.methods.contract import batches, small
@@ -95,6 +96,27 @@ def test_the_search_is_never_worse_than_the_priors_alone() -> None:
         return float(made.plan.recipe.criterion_options["calibration_loss"])
 
     assert loss(ZipLM(starts=20, failures=20)) < loss(ZipLM(starts=0, failures=0))
+
+
+def test_each_prior_is_least_for_the_levels_that_it_chose(tmp_path: Path) -> None:
+    model, x = family("Llama")
+    made = {
+        power: ziplm(
+            model, x, "macs<=70%", data=tokens(), options=ZipLM(starts=0, failures=0, prior=prior), measure=False
+        )
+        for power, prior in ((1, "error"), (2, "squared error"))
+    }
+    structure = made[1].plan.structure
+    database = Database(tmp_path, levels_of(model, structure, x), consumers_of(model, structure.groups))
+    build(model, database, tokens())
+
+    def total(counts: dict[str, int], power: int) -> float:
+        errors = (database.solved[name].errors[database.counts[name].index(n)] for name, n in counts.items())
+        return sum(error**power for error in errors)
+
+    assert made[1].plan.counts != made[2].plan.counts
+    for power, other in ((1, 2), (2, 1)):
+        assert total(made[power].plan.counts, power) < total(made[other].plan.counts, power)
 
 
 def test_modules_go_as_a_whole_where_the_model_runs_without_them() -> None:

@@ -16,7 +16,7 @@ from ...core.errors import OptionError
 from ...core.finite import all_finite
 from ...in_layers import LayerSolver, Subject, solved
 from ...recover.context import seeded
-from ...solvers import Gathering, Gram, Propagate, Solved, from_matrix, layers_by_block, solve_blocks
+from ...solvers import BlockDone, Gathering, Gram, Propagate, Solved, from_matrix, layers_by_block, solve_blocks
 from ...solvers import sparsegpt as sweep
 from ...solvers.ranks import agree, rank_of
 
@@ -50,7 +50,7 @@ def swept(
     how: Sweep,
     *,
     seed: int = 0,
-    on_block: Callable[[str], None] | None = None,
+    on_block: Callable[[BlockDone], None] | None = None,
 ) -> dict[str, Tensor]:
     """G = W²/U_jj² by name of the weight, float32 or wider, in its shape; zeros for a layer that no batch reaches.
 
@@ -62,7 +62,7 @@ def swept(
         layers: by name of the module, what goes of it.
         how: see there.
         seed: of random numbers in the model.
-        on_block: told the name of each block that is done.
+        on_block: told of each block that is done.
 
     Raises:
         DataError: there is no batch.

@@ -64,7 +64,7 @@ from ...pruning import FineTune, Pruned, completed
 from ...recover.context import seeded
 from ...recover.finetune import fine_tune
 from ...running import Clock, Stage, claim
-from ...solvers import Propagate, from_matrix, to_matrix
+from ...solvers import BlockDone, Propagate, from_matrix, to_matrix
 from ...solvers.ranks import first
 from ...summary import Findings, quality_of
 from ...train.dual import DualImportance, Form, Sums, combined, keep_by_blocks
@@ -161,7 +161,7 @@ def d_pruner(
     checkpoint: str | Path | None = None,
     on_stage: Stage | None = None,
     on_step: Callable[[Any], None] | None = None,
-    on_block: Callable[[str], None] | None = None,
+    on_block: Callable[[BlockDone], None] | None = None,
     name: str | None = None,
     scope: str | Sequence[str] | None = None,
     ignore: str | Sequence[str] = (),
@@ -248,7 +248,7 @@ def general_importance(
     seed: int = 0,
     allocation: str = "uniform",
     allocation_options: Mapping[str, Any] | None = None,
-    on_block: Callable[[str], None] | None = None,
+    on_block: Callable[[BlockDone], None] | None = None,
 ) -> dict[str, Tensor]:
     """G of every weight of the layers in blocks, by name, float32 or wider, in its shape; the model stays as it is.
 
@@ -364,7 +364,7 @@ def _mask(model: nn.Module, layer: str, scores: Tensor, comparison: Comparison, 
 def _general_of(
     model: nn.Module, general: Iterable[Any] | Mapping[str, Tensor] | None, data: Iterable[Any],
     layers: Mapping[str, Comparison], how: DPruner, seed: int, folder: Path | None,
-    on_block: Callable[[str], None] | None,
+    on_block: Callable[[BlockDone], None] | None,
 ) -> Mapping[str, Tensor]:  # fmt: skip
     """G, as given, as kept in the folder, or found."""
     if not how.strength:
