@@ -49,6 +49,8 @@ def test_the_cut_model_is_the_gated_one(tied: bool) -> None:
     gated = made.report.stages["pruned in training"]["nll"]
     assert quality_of(made.model, DATA)["nll"] == pytest.approx(gated, rel=1e-6)
     assert made.report.proof < 1e-5
+    assert made.plan.rebudget("params<=70%").same_as(made.plan)
+    assert made.plan.rebudget("params<=50%").cost("params") <= 0.5
     kinds = {step.group.rpartition(".")[2] for step in made.plan.steps()}
     assert len(kinds) > 1
     width = next(g.name for g in made.plan.groups if g.size == 16)

@@ -48,7 +48,7 @@ from ...core.batch import Loss
 from ...core.budget import Budget, Limit, nearest_limit
 from ...core.catalogue import Method, method
 from ...core.errors import BudgetError, DataError, OptionError
-from ...core.plan import decide
+from ...core.plan import Recipe, decide
 from ...core.schedule import get_schedule
 from ...core.units import ChannelGroup
 from ...graph.plan import ModelPlan, digest
@@ -180,7 +180,8 @@ def compresso(
         session.test("pruned in training")
         for name, norms in places.norms.items():
             rescale(own, norms, len(keep[name]), int(keep[name].sum()))
-        made = replace(planned, scores=gated.log_alphas(), keep=keep, digest=digest(own))
+        recipe = _recipe(planned, {name: float(count.detach()) for name, count in gated.expected().items()})
+        made = replace(planned, scores=gated.log_alphas(), keep=keep, recipe=recipe, digest=digest(own))
         done.append((made, built[-1].reached))
         return {}
 
@@ -293,11 +294,16 @@ def _aim(planned: ModelPlan, limit: Limit) -> _Aim:
     return _Aim(target, sparsity)
 
 
-def _decided(planned: ModelPlan, alphas: Mapping[str, Tensor], expected: Mapping[str, float]) -> dict[str, Tensor]:
-    """What stays within the budget, the groups in proportion to their expected numbers of units."""
+def _recipe(planned: ModelPlan, expected: Mapping[str, float]) -> Recipe:
+    """The decision from gates: groups keep units in proportion to their expected numbers."""
     shares = {group.name: min(expected[group.name] / group.size, 1.0) for group in planned.groups}
-    recipe = replace(planned.recipe, allocation="given", allocation_options={"densities": shares})
-    return decide(planned.groups, alphas, planned.costs, recipe)
+    chosen: dict[str, Any] = {"allocation": "given", "allocation_options": {"densities": shares}}
+    return replace(planned.recipe, criterion="gates", **chosen)
+
+
+def _decided(planned: ModelPlan, alphas: Mapping[str, Tensor], expected: Mapping[str, float]) -> dict[str, Tensor]:
+    """What stays within the budget."""
+    return decide(planned.groups, alphas, planned.costs, _recipe(planned, expected))
 
 
 def _times(how: Compresso, steps: int) -> dict[str, int]:

@@ -144,7 +144,8 @@ def pat(
         stays = mask.stays().cpu()
         rescale(own, places.norms, len(stays), int(stays.sum()))
         logits, name = mask.logits.detach().cpu(), places.group.name
-        made = replace(planned, scores={name: logits}, keep={name: stays}, digest=digest(own))
+        recipe = replace(planned.recipe, criterion="mask")
+        made = replace(planned, scores={name: logits}, keep={name: stays}, recipe=recipe, digest=digest(own))
         done.append((made, int((logits >= 0).sum()) - mask.count))
         return {}
 
