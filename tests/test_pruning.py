@@ -419,6 +419,22 @@ def test_of_each_group_of_inputs_the_largest_stay(keep: int, of: int) -> None:
     assert made.model.first.weight.equal(model.first.weight)
 
 
+def test_a_pattern_runs_along_the_inputs_of_a_layer_that_stores_them_first(tmp_path: Path) -> None:
+    class Conv1D(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.nf, self.weight = 6, nn.Parameter(torch.randn(8, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight
+
+    made = prune(nn.Sequential(Conv1D()), "2:4")
+    assert (made.model[0].weight != 0).T.reshape(-1, 4).sum(1).unique().tolist() == [2]
+    back = ModelPlan.load(made.plan.save(tmp_path / "plan.safetensors"))
+    assert back.groups == made.plan.groups
+    assert back.rebudget("1:4").counts == {"0.weight": 12}
+
+
 def test_patterns_that_do_not_fit_are_refused() -> None:
     with pytest.raises(OptionError, match=r"2:4 needs a number of inputs that 4 divides; first\.weight has 3"):
         sec.prune(Pixels(), torch.randn(2, 3, 7, 7), "2:4", measure=False, scope="first")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,19 @@ from .solvers import Gram, Solved, blocks_of, from_matrix, quadratic_error, solv
 from .solvers.layerwise import BlockDone, Gathering, Propagate, layers_by_block, solve_blocks
 from .solvers.ranks import first, wait
 from .summary import Findings, quality_of
-from .train.scope import divided_weights, prunable_weights
+from .train.scope import divided_weights, inputs_first, prunable_weights
 
-__all__ = ["Inputs", "LayerSolver", "Outcome", "Subject", "layers_to_solve", "prune_in_layers", "solve_layers"]
+__all__ = [
+    "Inputs",
+    "LayerSolver",
+    "LayerwiseOptions",
+    "Outcome",
+    "Subject",
+    "layers_to_solve",
+    "prune_in_layers",
+    "prune_with",
+    "solve_layers",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,6 +203,41 @@ def prune_in_layers(
     )  # fmt: skip
 
 
+class LayerwiseOptions(Protocol):
+    """Hyperparameters of a layer-wise method, such as `SparseGPT`; those that are not layer-wise have no `solver`."""
+
+    @property
+    def solver(self) -> LayerSolver:
+        """What is done to a matrix."""
+
+    @property
+    def propagate(self) -> Propagate:
+        """What the next block sees."""
+
+
+def prune_with(
+    how: LayerwiseOptions, model: nn.Module, example_inputs: Any, budget: str | Budget, **common: Any
+) -> Pruned:
+    """A copy of `model` in which a published method has solved every layer of every block.
+
+    Args:
+        how: its hyperparameters. They, and `levels` among them where they have it, tell a checkpoint its run.
+        model, example_inputs: as for `prune`.
+        budget: a sparsity of the layers' weights, as "sparsity=50%", or an N:M pattern, as "2:4".
+        common: other arguments of `prune_in_layers`.
+
+    Raises:
+        BudgetError: a budget that is neither a sparsity nor a pattern.
+        DataError: calibration data are missing or empty.
+        ModelError: NaN or infinite weights or activations, or a hessian that no damping makes positive definite: the
+            message has the layer and its condition.
+        OptionError: an argument outside what is allowed, or a checkpoint of another run.
+    """
+    settings = dict(vars(how))
+    own: dict[str, Any] = {"propagate": how.propagate, "levels": settings.get("levels", False), "settings": settings}
+    return prune_in_layers(model, example_inputs, budget, how.solver, **own, **common)
+
+
 def layers_to_solve(
     model: nn.Module,
     budget: Budget,
@@ -215,8 +260,10 @@ def layers_to_solve(
         raise BudgetError(f"what is solved layer by layer needs a budget such as sparsity=50% or 2:4, got {budget}.")
     weights = prunable_weights(model, scope, ignore)
     if pattern is not None:
-        weights = divided_weights(weights, pattern.of, str(pattern), all_of_them=scope is not None)
-    inside = _within_blocks(model, [name for name in weights if name.endswith("weight")])
+        turned = inputs_first(model, weights)
+        weights = divided_weights(weights, pattern.of, str(pattern), all_of_them=scope is not None, turned=turned)
+    # Of an attention of PyTorch's own, the weights of its inputs are no module's.
+    inside = _within_blocks(model, [name for name in weights if name.rpartition(".")[2] == "weight"])
     if not inside:
         raise ModelError(f"no block of {type(model).__name__} has a layer to solve: look at scope= and ignore=.")
     if pattern is not None:

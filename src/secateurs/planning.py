@@ -31,7 +31,7 @@ from .measure.latency import latency
 from .measure.macs import macs_by_module
 from .measure.params import bytes_in_memory, parameters
 from .recover.context import seeded
-from .train.scope import divided_weights, prunable_weights
+from .train.scope import divided_weights, inputs_first, prunable_weights
 
 __all__ = ["GRANULARITIES", "Granularity", "batches_of", "in_scope", "plan", "plan_of_masks", "recipe_of", "timer"]
 
@@ -176,7 +176,7 @@ def plan_of_masks(model: nn.Module, example_inputs: Any, masks: Mapping[str, Ten
         recipe: what was asked; its granularity says what a unit is.
     """
     block = Granularity.parse(recipe.granularity).block
-    groups = tuple(WeightGroup(name, tuple(mask.shape), block) for name, mask in masks.items())
+    groups = _grouped(model, {name: tuple(mask.shape) for name, mask in masks.items()}, block)
     return ModelPlan(
         groups=groups,
         scores=score("magnitude", model, groups),
@@ -336,8 +336,17 @@ def _weight_groups(model: nn.Module, unit: Granularity, recipe: Recipe) -> tuple
     weights = prunable_weights(model, recipe.scope, recipe.ignore)
     pattern = recipe.budget.pattern
     if pattern is not None:
-        weights = divided_weights(weights, pattern.of, str(pattern), all_of_them=recipe.scope is not None)
-    return tuple(WeightGroup(name, tuple(w.shape), unit.block) for name, w in weights.items())
+        turned = inputs_first(model, weights)
+        named = recipe.scope is not None
+        weights = divided_weights(weights, pattern.of, str(pattern), all_of_them=named, turned=turned)
+    return _grouped(model, {name: tuple(w.shape) for name, w in weights.items()}, unit.block)
+
+
+def _grouped(
+    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], block: tuple[int, int]
+) -> tuple[WeightGroup, ...]:
+    turned = inputs_first(model, shapes)
+    return tuple(WeightGroup(name, shape, block, int(name not in turned)) for name, shape in shapes.items())
 
 
 def _weight_costs(model: nn.Module, example_inputs: Any, groups: Sequence[WeightGroup]) -> CostModel:

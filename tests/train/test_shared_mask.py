@@ -117,8 +117,13 @@ def test_the_mask_is_soft_in_training_and_frozen_late() -> None:
     assert not mask.scalar().requires_grad
     assert float(mask.loss()) == 0
     frozen = mask.scalar()
-    mask.step += 5
+    mask.step += 1
     assert torch.equal(mask.scalar(), frozen)
+    assert 0 < float(frozen[3]) < float(frozen[0]) < 1
+    mask.step += 1
+    assert mask.scalar().tolist() == [1, 1, 0, 0]
+    mask.step -= 5
+    assert mask.scalar().tolist() != [1, 1, 0, 0]
     assert mask.eval().scalar().tolist() == [1, 1, 0, 0]
 
 

@@ -66,6 +66,17 @@ def prune(
     test_data: Annotated[
         str | None, typer.Option("--test-data", "--test", help="For measuring quality; nothing is chosen by it.")
     ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tasks",
+            metavar="NAME",
+            help="Measure a language model on this task of lm-eval, as arc_easy, or of a YAML file; repeatable.",
+        ),
+    ] = None,
+    tasks_limit: Annotated[
+        int | None, typer.Option("--tasks-limit", min=1, help="Examples of each task.", show_default="all")
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Samples a batch of data.")] = 32,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Batches of --data for scoring and statistics.")] = 32,
     method: Annotated[
@@ -123,7 +134,7 @@ def prune(
     with session(**vars(output), threads=opening.threads) as talk:
         from .. import pruning
         from ..integrations.onnx import files_of
-        from . import _work
+        from . import _tasks, _work
 
         given = context.params
         options = _plan_options(given)
@@ -132,11 +143,13 @@ def prune(
         source = opening.load(model)
         known, tests = _opened(source, data, "train", given), _opened(source, test_data, "test", given)
         source = _with_examples(source, known or tests, opening.batch).to(opening.device)
-        for note in _announcements(recipe, method, source, test_data):
+        answering = _tasks.answering(source, tasks, tasks_limit, opening.seed)
+        for note in _announcements(recipe, method, source, test_data or tasks):
             talk.say(f"note: {note}")
         work = _work.opened(place, given, _BESIDE, resume)
         try:
             with Stages(talk) as stages:
+                answered = answering(stages, source.model)
                 made = pruning.prune(
                     source.model,
                     source.example_inputs,
@@ -154,6 +167,7 @@ def prune(
                     name=source.name,
                     **options,
                 )
+                made.report = _tasks.with_answers(made.report, answered, answering(stages, made.model))
         except Exception:
             # Whatever stopped the run, its work folder is either worth keeping or in the way of the next one.
             if not _work.close_if_unused(work):
@@ -257,7 +271,7 @@ def _with_examples(source: LoadedModel, data: Batches | Loader | None, samples: 
     return source.runnable() if data is None else source.with_examples(take(data, 1, "data")[0], samples).runnable()
 
 
-def _announcements(recipe: Recipe | None, method: str | None, source: LoadedModel, test_data: str | None) -> list[str]:
+def _announcements(recipe: Recipe | None, method: str | None, source: LoadedModel, tested: Any) -> list[str]:
     """What a person would rather know before the run than after it."""
     from ..core.catalogue import get_method
     from ..planning import Granularity as Units
@@ -275,7 +289,7 @@ def _announcements(recipe: Recipe | None, method: str | None, source: LoadedMode
         notes.append(
             f"the widest layer has {widest} units; the cut model is smaller, but layers this narrow hardly run faster."
         )
-    if test_data is None:
+    if not tested:
         notes.append("without --test-data the quality of the model is not measured.")
     return notes
 

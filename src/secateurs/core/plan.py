@@ -148,7 +148,9 @@ def _by_pattern(groups: Sequence[Group], scores: Mapping[str, Tensor], budget: B
     for group in groups:
         if not isinstance(group, WeightGroup) or group.block != (1, 1):
             raise OptionError(f"{pattern} is a pattern of single weights; {group.name} has {group.kind} units.")
-        keep[group.name] = n_of_m_inputs(scores[group.name].view(group.shape), pattern.keep, pattern.of).flatten()
+        keep[group.name] = n_of_m_inputs(
+            scores[group.name].view(group.shape), pattern.keep, pattern.of, axis=group.inputs
+        ).flatten()
     return keep
 
 

@@ -99,19 +99,20 @@ def n_of_m(scores: Tensor, keep: int, of: int) -> Tensor:
     return _keep(scores.reshape(-1, of), keep).view(rows, columns)
 
 
-def n_of_m_inputs(scores: Tensor, keep: int, of: int) -> Tensor:
+def n_of_m_inputs(scores: Tensor, keep: int, of: int, axis: int = 1) -> Tensor:
     """The `keep` highest of every `of` consecutive inputs of a weight: a bool mask of its shape, earlier inputs first.
 
     Args:
         scores: of the weight's shape, outputs first and inputs second; each position of a kernel has patterns of its
             own.
         keep, of: see `n_of_m`.
+        axis: of the inputs, where it is not the second.
 
     Raises:
         OptionError: as for `n_of_m`.
     """
-    rows = scores.movedim(1, -1)
-    return n_of_m(rows.flatten(0, -2), keep, of).view(rows.shape).movedim(-1, 1)
+    rows = scores.movedim(axis, -1)
+    return n_of_m(rows.flatten(0, -2), keep, of).view(rows.shape).movedim(-1, axis)
 
 
 def knapsack(values: Tensor, costs: Tensor, capacity: int) -> Tensor:

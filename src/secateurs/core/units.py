@@ -143,11 +143,15 @@ class WeightGroup:
     """Single entries, or `block`s of rows × columns, of one weight tensor seen as [shape[0], rest].
 
     Edge blocks of a shape that does not divide are smaller.
+
+    Args:
+        inputs: the axis of the layer's inputs, along which N:M patterns run; 0 in Hugging Face's `Conv1D`.
     """
 
     name: str
     shape: tuple[int, ...]
     block: tuple[int, int] = (1, 1)
+    inputs: int = 1
 
     def __post_init__(self) -> None:
         if min(self.block) < 1:

@@ -148,7 +148,9 @@ class ModelPlan(Plan):
             "fingerprint": self.fingerprint,
             "digest": self.digest,
             "structure": None if self.structure is None else self.structure.to_dict(),
-            "groups": [[g.name, list(g.shape), list(g.block)] for g in self.groups if isinstance(g, WeightGroup)],
+            "groups": [
+                [g.name, list(g.shape), list(g.block), g.inputs] for g in self.groups if isinstance(g, WeightGroup)
+            ],
             "costs": substituted(self.costs, short_names(self.groups)).to_dict(),
             "keep": {name: [pack(m), len(m)] for name, m in self.keep.items()},
             "scores": dict(self.scores),
@@ -170,7 +172,8 @@ class ModelPlan(Plan):
             groups: tuple[Group, ...]
             found = tree["structure"]
             if found is None:
-                groups = tuple(WeightGroup(n, tuple(shape), (b[0], b[1])) for n, shape, b in tree["groups"])
+                # Plans of the first release lack the axis of the inputs, which was the second.
+                groups = tuple(WeightGroup(n, tuple(s), (b[0], b[1]), *axis) for n, s, b, *axis in tree["groups"])
             elif "depth" in found:
                 groups = layer_groups(found)
             else:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,14 @@ from ..core.budget import Budget
 from ..core.comparison import Comparison
 from ..core.errors import FileError, MissingExtraError, ModelError
 from ..core.folder import replace_file
-from ..in_layers import LayerSolver, layers_to_solve, solved
+from ..in_layers import LayerSolver, LayerwiseOptions, layers_to_solve, solved
 from ..running import claim
 from ..solvers import Gram, blocks_of, to_matrix
 from ..solvers.layerwise import BlockDone, Gathering, Propagate, layers_by_block, solve_blocks
 from ..solvers.ranks import first, wait
 from .shards import Shards, write_index, write_shard
 
-__all__ = ["LayerwiseOptions", "Streamed", "prune_checkpoint"]
+__all__ = ["Streamed", "prune_checkpoint"]
 
 _PROGRESS = ".progress"
 _REPORT = "secateurs.json"
@@ -37,18 +37,6 @@ _SMALL = (".json", ".txt", ".model", ".jinja", ".md", ".py", ".tiktoken")
 _LARGE = 2**26
 # Bytes for each weight of a layer while it is solved: three matrices in float32, and masks.
 _WORK = 16
-
-
-class LayerwiseOptions(Protocol):
-    """Hyperparameters of a layer-wise method, such as `SparseGPT`."""
-
-    @property
-    def solver(self) -> LayerSolver:
-        """What is done to a matrix."""
-
-    @property
-    def propagate(self) -> Propagate:
-        """What the next block sees."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from ..core.errors import DataError, MissingExtraError
 from .batches import Batches
 from .models import TextFormat
 
-__all__ = ["block_batches", "file_batches", "sentence_batches"]
+__all__ = ["block_batches", "file_batches", "sentence_batches", "tokenizer_of"]
 
 
 def file_batches(path: Path, wanted: TextFormat, size: int, seed: int) -> Batches:
@@ -36,7 +36,7 @@ def block_batches(text: str, source: str, wanted: TextFormat, size: int, seed: i
     Raises:
         DataError: the text is shorter than one block.
     """
-    ids = _tokenizer(wanted)(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokenizer_of(wanted)(text, add_special_tokens=False, verbose=False)["input_ids"]
     blocks = torch.tensor(ids[: len(ids) - len(ids) % wanted.length]).view(-1, wanted.length)
     if not len(blocks):
         raise DataError(f"{source} has {len(ids)} tokens, fewer than one block of {wanted.length}.")
@@ -52,7 +52,7 @@ def sentence_batches(
     sentences: Sequence[str], labels: Sequence[int], wanted: TextFormat, size: int, seed: int
 ) -> Batches:
     """Batches {"input_ids", "attention_mask", "labels"} of sentences, each padded or cut to `wanted.length`."""
-    tokenizer = _tokenizer(wanted)
+    tokenizer = tokenizer_of(wanted)
 
     def fetch(positions: list[int]) -> dict[str, Any]:
         chosen = [sentences[i] for i in positions]
@@ -62,7 +62,13 @@ def sentence_batches(
     return Batches(len(sentences), fetch, size, seed)
 
 
-def _tokenizer(wanted: TextFormat) -> Any:
+def tokenizer_of(wanted: TextFormat) -> Any:
+    """The tokenizer that goes with a model.
+
+    Raises:
+        DataError: it has none that can be loaded.
+        MissingExtraError: transformers is not installed.
+    """
     try:
         from transformers import AutoTokenizer
     except ImportError as error:

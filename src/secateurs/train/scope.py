@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from ..core.errors import ModelError, OptionError, unknown_name
 
-__all__ = ["canonical_names", "divided_weights", "is_norm", "prunable_weights"]
+__all__ = ["canonical_names", "divided_weights", "inputs_first", "is_norm", "prunable_weights"]
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 # Hugging Face's GPT-2 layer, a Linear with a transposed weight; known by name so that transformers is not imported.
@@ -20,22 +20,34 @@ _NORM_NAME = re.compile(r"Norm(?!al)")
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
+def inputs_first(model: nn.Module, names: Iterable[str]) -> frozenset[str]:
+    """Those of the weights called `names` that are matrices [inputs, outputs]: of Hugging Face's `Conv1D`."""
+    return frozenset(n for n in names if type(model.get_submodule(n.rpartition(".")[0])).__name__ in _LAYER_NAMES)
+
+
 def divided_weights(
-    weights: Mapping[str, nn.Parameter], of: int, asked: str, *, all_of_them: bool
+    weights: Mapping[str, nn.Parameter],
+    of: int,
+    asked: str,
+    *,
+    all_of_them: bool,
+    turned: Collection[str] = (),
 ) -> dict[str, nn.Parameter]:
     """Those weights whose inputs are runs of `of`, as a pattern N:M needs them.
 
     Args:
         asked: the pattern in words, for the error.
+        turned: names of those whose inputs are the first axis; see `inputs_first`.
         all_of_them: whether each must be, since somebody named them.
 
     Raises:
         OptionError: none is, or not all are; it names the first that is not.
     """
-    fitting = {name: w for name, w in weights.items() if w.shape[1] % of == 0}
+    inputs = {name: w.shape[0 if name in turned else 1] for name, w in weights.items()}
+    fitting = {name: w for name, w in weights.items() if inputs[name] % of == 0}
     if not fitting or (all_of_them and len(fitting) < len(weights)):
         wrong = next(name for name in weights if name not in fitting)
-        raise OptionError(f"{asked} needs a number of inputs that {of} divides; {wrong} has {weights[wrong].shape[1]}.")
+        raise OptionError(f"{asked} needs a number of inputs that {of} divides; {wrong} has {inputs[wrong]}.")
     return fitting
 
 

@@ -6,7 +6,8 @@ PAT: Liu et al., AAAI 2025, arXiv 2408.14721. Whatever a layer adds to the width
     M = sigmoid(T·w) + b,       T(t) = 1 / (1 - ln max(1, t) / ln N + 1e-6),   b(t) = max(½ - t/N, 0)                (2)
 
 at step t, with logits w [d], zero at first, for all layers together. From 0.8·N on T and w stay as they are. Losses
-draw the logits of d' channels above zero and the others below; in the end exactly the d' highest stay, ties by index.
+draw the logits of d' channels above zero and the others below; from N on M is 1 for the d' highest, ties by index, and
+0 for the others. In PAT it stays as it is then, which is the same where N is large and T·w has come far.
 """
 
 from __future__ import annotations
@@ -128,9 +129,9 @@ class SharedMask(nn.Module):
         return int(self.step) >= _FROZEN * self.steps
 
     def scalar(self) -> Tensor:
-        """M [width]; in evaluation 1 for the channels that stay and 0 for the others."""
+        """M [width]; in evaluation, and after N steps, 1 for the channels that stay and 0 for the others."""
         logits, now = self.logits.detach() if self.frozen else self.logits, int(self.step)
-        if not self.training:
+        if not self.training or now >= self.steps:
             return self.stays().to(logits)
         return mask_scalar(logits, temperature(now, self.steps), offset(now, self.steps))
 

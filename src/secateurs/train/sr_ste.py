@@ -17,10 +17,9 @@ from torch.optim import Optimizer
 from ..core.budget import Budget
 from ..core.comparison import Comparison
 from ..core.errors import BudgetError, OptionError
-from ..solvers.gram import is_hf_conv1d
 from .masking import Pull, pack, unpack
 from .pruner import Pruner
-from .scope import divided_weights, prunable_weights
+from .scope import divided_weights, inputs_first, prunable_weights
 from .scoring import State
 from .update import Moment, Rule
 
@@ -239,14 +238,10 @@ def SRSTE(
     if chosen is None:
         raise BudgetError(f"SR-STE needs a pattern such as '2:4', got {pattern!r}.")
     weights = prunable_weights(model, scope, ignore)
-    fitting = divided_weights(weights, chosen.of, str(chosen), all_of_them=scope is not None)
+    turned = inputs_first(model, weights)
+    fitting = divided_weights(weights, chosen.of, str(chosen), all_of_them=scope is not None, turned=turned)
     comparison = Comparison.of(chosen)
     return straight_through(model, optimizer, fitting, comparison, pull=pull, every=every, debug=debug)
-
-
-def inputs_first(model: nn.Module, names: Sequence[str] | Mapping[str, Tensor]) -> frozenset[str]:
-    """Those of the weights that are matrices [inputs, outputs]: of Hugging Face's `Conv1D`."""
-    return frozenset(n for n in names if is_hf_conv1d(model.get_submodule(n.rpartition(".")[0])))
 
 
 def _differing(masks: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> int:

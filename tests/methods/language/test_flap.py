@@ -90,6 +90,18 @@ def test_uniform_takes_the_same_share_of_every_layer_and_ranks_without_scores_of
     assert made.plan.recipe.criterion_options["standardize"] is False
 
 
+def test_equal_shares_are_blind_to_the_scale_of_a_layer() -> None:
+    """By four, so that scores are scaled without rounding."""
+    (model, x), (scaled, _) = family("Llama"), family("Llama")
+    with torch.no_grad():
+        scaled.model.layers[1].mlp.down_proj.weight.mul_(4)
+    one, other = (
+        flap(net, x, "sparsity=50%", options=Flap(structure="UL-UM", compensation=False), data=tokens(), measure=False)
+        for net in (model, scaled)
+    )
+    assert one.plan.same_as(other.plan)
+
+
 @pytest.mark.parametrize("options", [Flap(), Flap(structure="UL-UM")])
 def test_nothing_goes_when_nothing_is_asked(options: Flap) -> None:
     model, x = family("Llama")

@@ -13,7 +13,7 @@ one group, so that the pattern holds after each.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -22,9 +22,9 @@ from torch import nn
 from ...core.budget import Budget
 from ...core.catalogue import Method, method
 from ...core.comparison import Within
-from ...in_layers import LayerSolver, Subject, prune_in_layers
+from ...in_layers import LayerSolver, Subject, prune_with
 from ...pruning import Pruned
-from ...solvers import Propagate, Solved, wanda_scores
+from ...solvers import BlockDone, Propagate, Solved, wanda_scores
 from ...solvers import dsnot as refined
 from ..parameters import Between, OneOf, check
 
@@ -62,26 +62,15 @@ class DSnoT:
 
 def dsnot(
     model: nn.Module, example_inputs: Any, budget: str | Budget, *, allocation: str = "uniform",
-    allocation_options: Mapping[str, Any] | None = None, on_block: Callable[[Any], None] | None = None,
+    allocation_options: Mapping[str, Any] | None = None, on_block: Callable[[BlockDone], None] | None = None,
     options: DSnoT | None = None, **common: Any,
 ) -> Pruned:  # fmt: skip
     """A copy of `model` with zeros where the refined mask has them.
 
-    Args:
-        model, example_inputs, budget: as for `prune`; "sparsity=50%" or "2:4".
-        allocation, allocation_options: how much of which layer: "uniform" (the paper), or another density rule.
-        on_block: told of each block that is done.
-        options: hyperparameters.
-        common: data, test, recover, scope, ignore and the rest of `prune`'s arguments.
-
-    Raises:
-        BudgetError: a budget that is neither a sparsity nor a pattern.
-        DataError: calibration data are missing or empty.
+    Arguments and errors are those of `in_layers.prune_with`, "sparsity=50%" or "2:4" the usual budgets.
     """
-    how = options or DSnoT()
-    own: dict[str, Any] = {"propagate": how.propagate, "settings": asdict(how)}
-    own |= {"allocation": allocation, "allocation_options": allocation_options, "on_block": on_block}
-    return prune_in_layers(model, example_inputs, budget, how.solver, **own, **common)
+    layers: dict[str, Any] = {"allocation": allocation, "allocation_options": allocation_options, "on_block": on_block}
+    return prune_with(options or DSnoT(), model, example_inputs, budget, **layers, **common)
 
 
 def _solve(subject: Subject, how: DSnoT) -> Solved:

@@ -21,8 +21,9 @@ steps anneal the mask: a third of the training. The presets' rate is 5e-5, on a 
 
 Not as in the code. Its merge leaves D out, and only three of its identity losses count; here D is merged and all count.
 Its loss is no number while no logit is above zero; one rule holds here, that 0 stays. What it keeps may miss d' by a
-few; here the d' highest logits stay, and the report says by how many channels the logits had missed it. Only
-root-mean-square norms may run over the width. Masks that do not train are left out.
+few; here the d' highest logits stay, from the end of the annealing on, so that what training is left repairs a mask
+that was not hard by then; the report says by how many channels the logits had missed d'. Only root-mean-square norms
+may run over the width. Masks that do not train are left out.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ three times and then an error.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
 
@@ -25,9 +25,9 @@ from torch import nn
 
 from ...core.budget import Budget
 from ...core.catalogue import Method, method
-from ...in_layers import LayerSolver, Subject, prune_in_layers
+from ...in_layers import LayerSolver, Subject, prune_with
 from ...pruning import Pruned
-from ...solvers import Propagate, Solved
+from ...solvers import BlockDone, Propagate, Solved
 from ...solvers import sparsegpt as sweep
 from ..parameters import Between, OneOf, Switch, check
 
@@ -61,27 +61,15 @@ class SparseGPT:
 
 def sparsegpt(
     model: nn.Module, example_inputs: Any, budget: str | Budget, *, allocation: str = "uniform",
-    allocation_options: Mapping[str, Any] | None = None, on_block: Callable[[Any], None] | None = None,
+    allocation_options: Mapping[str, Any] | None = None, on_block: Callable[[BlockDone], None] | None = None,
     options: SparseGPT | None = None, **common: Any,
 ) -> Pruned:  # fmt: skip
     """A copy of `model` with zeros, and with the weights that stay moved to make up for them.
 
-    Args:
-        model, example_inputs, budget: as for `prune`; "sparsity=50%" or "2:4".
-        allocation, allocation_options: how much of which layer: "uniform" (the paper), or another density rule.
-        on_block: told of each block that is done.
-        options: hyperparameters.
-        common: data, test, recover, scope, ignore and the rest of `prune`'s arguments.
-
-    Raises:
-        BudgetError: a budget that is neither a sparsity nor a pattern.
-        DataError: calibration data are missing or empty.
-        ModelError: a hessian that no damping makes positive definite; the message has the layer and its condition.
+    Arguments and errors are those of `in_layers.prune_with`, "sparsity=50%" or "2:4" the usual budgets.
     """
-    how = options or SparseGPT()
-    own: dict[str, Any] = {"propagate": how.propagate, "levels": how.levels, "settings": asdict(how)}
-    own |= {"allocation": allocation, "allocation_options": allocation_options, "on_block": on_block}
-    return prune_in_layers(model, example_inputs, budget, how.solver, **own, **common)
+    layers: dict[str, Any] = {"allocation": allocation, "allocation_options": allocation_options, "on_block": on_block}
+    return prune_with(options or SparseGPT(), model, example_inputs, budget, **layers, **common)
 
 
 def _solve(subject: Subject, how: SparseGPT) -> Solved:

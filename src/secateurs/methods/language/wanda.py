@@ -15,7 +15,7 @@ Not as in the published code: counts are exact where scores tie, and norms count
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
 
@@ -24,9 +24,9 @@ from torch import nn
 from ...core.budget import Budget
 from ...core.catalogue import Method, method
 from ...core.comparison import Within
-from ...in_layers import LayerSolver, Subject, prune_in_layers
+from ...in_layers import LayerSolver, Subject, prune_with
 from ...pruning import Pruned
-from ...solvers import Propagate, Solved, wanda_scores
+from ...solvers import BlockDone, Propagate, Solved, wanda_scores
 from ..parameters import OneOf, check
 from ._updates import UPDATES, Update, updated
 
@@ -58,26 +58,15 @@ class Wanda:
 
 def wanda(
     model: nn.Module, example_inputs: Any, budget: str | Budget, *, allocation: str = "uniform",
-    allocation_options: Mapping[str, Any] | None = None, on_block: Callable[[Any], None] | None = None,
+    allocation_options: Mapping[str, Any] | None = None, on_block: Callable[[BlockDone], None] | None = None,
     options: Wanda | None = None, **common: Any,
 ) -> Pruned:  # fmt: skip
     """A copy of `model` with zeros where the product of weight and input is least.
 
-    Args:
-        model, example_inputs, budget: as for `prune`; "sparsity=50%" or "2:4".
-        allocation, allocation_options: how much of which layer: "uniform" (the paper), or another density rule.
-        on_block: told of each block that is done.
-        options: hyperparameters.
-        common: data, test, recover, scope, ignore and the rest of `prune`'s arguments.
-
-    Raises:
-        BudgetError: a budget that is neither a sparsity nor a pattern.
-        DataError: calibration data are missing or empty.
+    Arguments and errors are those of `in_layers.prune_with`, "sparsity=50%" or "2:4" the usual budgets.
     """
-    how = options or Wanda()
-    own: dict[str, Any] = {"propagate": how.propagate, "settings": asdict(how)}
-    own |= {"allocation": allocation, "allocation_options": allocation_options, "on_block": on_block}
-    return prune_in_layers(model, example_inputs, budget, how.solver, **own, **common)
+    layers: dict[str, Any] = {"allocation": allocation, "allocation_options": allocation_options, "on_block": on_block}
+    return prune_with(options or Wanda(), model, example_inputs, budget, **layers, **common)
 
 
 def _solve(subject: Subject, how: Wanda) -> Solved:
