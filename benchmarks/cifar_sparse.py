@@ -17,7 +17,7 @@ from secateurs.measure.quality import evaluate
 from secateurs.recover.batchnorm import recalibrate_batch_norm
 from secateurs.recover.finetune import fine_tune
 
-EPOCHS, BATCHES, EVERY = 4, 64, 16
+EPOCHS, BATCHES, EVERY = 2, 64, 8
 STEPS = EPOCHS * BATCHES
 SPARSITIES = (0.95, 0.98)
 SEEDS = (0, 1, 2)

@@ -42,7 +42,7 @@ def once(dense: nn.Module, rows: Tensor, test: list[Batch], seed: int) -> tuple[
         untied(dense), {"input_ids": rows[:2]}, BUDGET, granularity="width", scope="model.embed_tokens", measure=False
     )
     before = perplexity(made.model, test)
-    tuned(made.model, rows, seed, ["*_proj"], steps=STEPS)
+    tuned(made.model, rows, seed, steps=STEPS, schedule="linear")
     return perplexity(made.model, test), before
 
 

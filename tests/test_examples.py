@@ -1,4 +1,4 @@
-"""Examples in docstrings and in CONTRIBUTING.md run and print what they say."""
+"""Examples in docstrings, in CONTRIBUTING.md and on some pages of docs/tasks run and print what they say."""
 
 from __future__ import annotations
 
@@ -49,6 +49,20 @@ def test_contributing_examples() -> None:
     assert blocks
     done = subprocess.run([sys.executable, "-c", "\n".join(blocks)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("page", ["language", "training"])
+def test_examples_of_a_task(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a page, one after the other, in an empty folder."""
+    blocks = python_blocks((ROOT / "docs" / "tasks" / f"{page}.md").read_text(encoding="utf-8"))
+    assert blocks
+    monkeypatch.chdir(tmp_path)
+    # Times are no part of what is said there.
+    monkeypatch.setitem(secateurs.prune.__kwdefaults__, "measure", False)
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(block, names)
 
 
 def test_python_blocks_are_seen() -> None:

@@ -182,8 +182,8 @@ def prune(
         on_stage, on_step, on_block: told the name of each stage, each training step, and each block of a method that
             goes through a model block by block, for a progress bar.
         name: of the model, for the report.
-        repair: `(model, plan) -> model`, a copy of the same shapes with other weights, to which the plan is applied; a
-            closed-form solver of a method.
+        repair: `(model, plan) -> model`, a copy of the same shapes with other weights, perhaps with biases that were
+            not there, to which the plan is applied; a closed-form solver of a method.
         options: of `plan`: criterion, allocation, granularity, scope, ignore, floor, round_to, seed …
 
     Raises:

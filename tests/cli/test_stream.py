@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from secateurs.integrations.shards import Shards
+from tests.cli.ranks import WORDS, started
 from tests.cli.running import run, run_json
 
 LOADER = """
@@ -94,3 +97,17 @@ def test_a_folder_without_a_checkpoint_is_refused(workplace: Path, checkpoint: P
     ran = run("stream", workplace, "--budget", "2:4", "--data", "texts:tokens", "--out", "after")
     assert ran.code == 1
     assert "no checkpoint" in ran.error or "no model" in ran.error
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_share_the_work(checkpoint: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(started, (str(checkpoint.parent), port), nprocs=2)
+    told = [Path(f"rank{rank}.txt").read_text(encoding="utf-8") for rank in range(2)]
+    assert told[0].startswith("050.0% of 14 layers went")
+    assert told[1] == "0"
+    assert run(*WORDS, "--out", "one").code == 0
+    one, two = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in ("one", "two"))
+    assert all(torch.equal(tensor != 0, two[name] != 0) for name, tensor in one.items())

@@ -24,6 +24,11 @@ NUMBERS = {
     "perp": 8,
     "ast": 8,
     "loraprune": 8,
+    "obs-solvers": 8,
+    "three-regime": 8,
+    "flap": 8,
+    "cfsp": 8,
+    "d-pruner": 8,
 }
 
 

@@ -170,6 +170,30 @@ def test_inputs_that_depend_on_one_another_need_damping() -> None:
     torch.testing.assert_close(made, torch.tensor([[0.0, 1.5, 1.5]]), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("columns", [256, 257, 600])
+def test_a_large_factor_is_that_of_a_small_one(columns: int) -> None:
+    _, hessian = drawn(11, columns=columns, samples=2 * columns)
+    before = hessian.clone()
+    root = factor(hessian, share=0.1)
+    assert torch.equal(hessian, before)
+    assert torch.equal(root, root.tril())
+    torch.testing.assert_close(root, torch.linalg.cholesky(damped(hessian, 0.1)), rtol=1e-9, atol=1e-9)
+    assert torch.equal(factor(hessian, share=0.1), root)
+
+
+@pytest.mark.parametrize("place", [3, 500])
+def test_a_large_hessian_climbs_the_ladder_wherever_it_is_not_positive(place: int) -> None:
+    hessian = torch.eye(600, dtype=torch.float64)
+    hessian[place, place + 1] = hessian[place + 1, place] = 2
+    with pytest.warns(UserWarning, match=r"fc: its hessian is inverted with damping 2, as 0\.02 is too little"):
+        root = factor(hessian, share=0.02, where="fc")
+    torch.testing.assert_close(root @ root.T, damped(hessian, 2), rtol=1e-12, atol=1e-12)
+    # Two equal inputs leave a pivot that is nothing but rounding.
+    hessian[place, place + 1] = hessian[place + 1, place] = 1
+    with pytest.raises(ModelError, match="not positive definite with damping up to 0"):
+        factor(hessian, share=0)
+
+
 def test_a_ladder_of_damping_with_a_warning_on_each_step_up() -> None:
     # Eigenvalues 3 and -1, mean of the diagonal 1: positive definite from a damping above 1 on.
     hessian = torch.tensor([[1.0, 2.0], [2.0, 1.0]], dtype=torch.float64)

@@ -57,6 +57,7 @@ def stream(
     """Prune a checkpoint block by block, without ever holding the whole model.
 
     The predicted peak of memory is told first. A run that is killed goes on where it stopped when it is started again.
+    Under torchrun the batches and the layers of a block are shared out among the processes.
     """
     with session(**vars(output), threads=threads) as talk:
         import torch
@@ -64,10 +65,11 @@ def stream(
         from ..integrations import load_data
         from ..integrations.models import TextFormat
         from ..integrations.streaming import prune_checkpoint
+        from ..solvers.ranks import first, joined
 
         wanted = TextFormat(str(folder), length, False, trust_remote_code)
         batches = load_data(data, split="train", images=None, text=wanted, size=batch_size, seed=seed).sample(limit)
-        with Stages(talk) as stages:
+        with joined(), Stages(talk) as stages:
             stages.begin("solving")
             done = prune_checkpoint(
                 folder,
@@ -82,6 +84,9 @@ def stream(
                 on_memory=lambda peak: talk.say(f"note: about {peak / 2**30:.2f} GiB of memory will be needed."),
                 trust_remote_code=trust_remote_code,
             )
+            others = not first()
+        if others:
+            return
         mean = sum(done.errors.values()) / max(len(done.errors), 1)
         record = {**vars(done), "folder": str(done.folder)}
         talk.result(

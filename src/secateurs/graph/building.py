@@ -23,6 +23,7 @@ __all__ = [
     "set_attribute",
     "set_field",
     "switches",
+    "unset",
 ]
 
 Number = int | float | tuple[int, ...]
@@ -117,6 +118,17 @@ def switches(config: Any, around: Field = ()) -> dict[Field, bool]:
             found |= switches(value, here)
         elif type(value) is bool and "bias" in name:
             found[here] = value
+    return found
+
+
+def unset(config: Any, around: Field = ()) -> list[Field]:
+    """Where a config and its sub-configs leave a value open, which then follows from others."""
+    found: list[Field] = []
+    for name, value in vars(config).items():
+        if hasattr(value, "to_dict") and not name.startswith("_"):
+            found += unset(value, (*around, name))
+        elif value is None and not name.startswith("_"):
+            found.append((*around, name))
     return found
 
 

@@ -29,6 +29,7 @@ from .building import (
     set_attribute,
     set_field,
     switches,
+    unset,
 )
 
 # After so many tries a search ends with what it has; what can be found has been, in all families tried, after half.
@@ -168,7 +169,7 @@ class _Search:
             return now
         spelt = self._spelt_out(now)
         now = spelt or now
-        while (now.wrong or now.bent) and (better := self._better(now)):
+        while (now.wrong or now.bent) and (better := self._better(now) or self._filled_in(now)):
             now = better
         return self._without_idle(now) if spelt else now
 
@@ -268,6 +269,18 @@ class _Search:
         numbers = [((name,), value) for name, value in given.items() if type(value) is int]
         found = self._trial(changed(now.config, numbers))
         return found if found is not None and found.built == now.built else None
+
+    def _filled_in(self, now: _Trial) -> _Trial | None:
+        """The best with a number where the config has none, which a size follows from until it is given."""
+        sizes = dict.fromkeys(size for _, size in _steps(now.built.unlike(self._own)))
+        found: list[_Trial] = []
+        for field in unset(now.config):
+            for size in sizes:
+                trial = None if field in self._idle else self._tried(now, [(field, size)])
+                if trial is None:
+                    break
+                found.append(trial)
+        return _best(now, found, bending=False)
 
     def _without_idle(self, now: _Trial) -> _Trial:
         """Without the numbers that were given and do nothing."""

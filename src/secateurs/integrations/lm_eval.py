@@ -1,7 +1,7 @@
 """Zero-shot and few-shot tasks of the Language Model Evaluation Harness, for models that are in memory.
 
-The harness (Gao et al., EleutherAI) brings the tasks, their prompts and their metrics; papers on pruning language models
-report its accuracies. Importing this file does not import it.
+The harness (Gao et al., EleutherAI) brings the tasks, their prompts and their metrics; papers on pruning report its
+accuracies. Importing this file does not import it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -20,8 +21,6 @@ from ..recover.context import modes_kept, seeded
 
 __all__ = ["check_tasks", "evaluate_tasks", "task_quality"]
 
-# Letters of another library's message, which may go on for a page.
-_LONGEST = 200
 # What the harness calls its metrics, as a report writes them.
 _WORDS = {"acc": "accuracy", "acc_norm": "normalised accuracy", "acc_mutual_info": "mutual-information accuracy"}
 
@@ -38,8 +37,9 @@ def evaluate_tasks(
 ) -> dict[str, dict[str, float]]:
     """The metrics of each task, in the order of the harness: {task: {metric: value}}.
 
-    Metrics have the harness's names, as "acc" and "acc_norm"; where a task reads answers in several ways, the way stands
-    behind in brackets. A group, as "mmlu", has an entry of its own beside its tasks. Standard errors are left out.
+    Metrics have the harness's names, as "acc" and "acc_norm"; where a task reads answers in several ways, the way
+    stands behind in brackets. A group, as "mmlu", has an entry of its own beside its tasks. Standard errors are left
+    out.
 
     Args:
         model: a transformers model with a language head; run in evaluation mode on its own device, its training flags
@@ -102,12 +102,7 @@ def _manager(tasks: Sequence[str]) -> Any:
     """The harness's index of tasks, in which all of `tasks` are."""
     if isinstance(tasks, str) or not tasks:
         raise OptionError(f"tasks must be a list of at least one name, got {tasks!r}.")
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise MissingExtraError("lm-eval", "eval") from error
-    with _quiet():
-        manager = TaskManager()
+    manager = _index()
     for task in tasks:
         if task.endswith((".yaml", ".yml")):
             if not Path(task).is_file():
@@ -115,6 +110,17 @@ def _manager(tasks: Sequence[str]) -> Any:
         elif task not in manager.all_tasks:
             raise unknown_name("task of lm-eval", task, manager.all_tasks)
     return manager
+
+
+@cache
+def _index() -> Any:
+    """All that the harness has, which takes seconds to read: thousands of files."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise MissingExtraError("lm-eval", "eval") from error
+    with _quiet():
+        return TaskManager()
 
 
 def _loaded(manager: Any, tasks: Sequence[str]) -> list[Any]:
@@ -125,9 +131,7 @@ def _loaded(manager: Any, tasks: Sequence[str]) -> list[Any]:
             found = manager.load([task])
         except Exception as error:
             # Hub, network, data files and the task's own code each have errors of their own.
-            raise DataError(
-                f"the task {task} cannot be loaded ({shorten(str(error), _LONGEST, placeholder=' …')})."
-            ) from error
+            raise DataError(f"the task {task} cannot be loaded ({_short(error)}).") from error
         groups = [group for group in found["groups"].values() if group.name == task]
         built += groups or list(found["tasks"].values())
     return built
@@ -155,9 +159,7 @@ def _run(
         )  # fmt: skip
     except Exception as error:
         # The model's code and the harness raise errors of any kind.
-        raise ModelError(
-            f"{type(model).__name__} cannot be run on the tasks ({shorten(str(error), _LONGEST, placeholder=' …')})."
-        ) from error
+        raise ModelError(f"{type(model).__name__} cannot be run on the tasks ({_short(error)}).") from error
     return {**made["results"], **made.get("groups", {})}
 
 
@@ -191,3 +193,8 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
+
+
+def _short(error: Exception) -> str:
+    """Another library's message, which may go on for a page."""
+    return shorten(str(error) or type(error).__name__, 200, placeholder=" …").rstrip(".")

@@ -6,7 +6,9 @@ ranks are taken in the order of the ranks, so that every rank holds the same num
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -17,9 +19,22 @@ from ..core.errors import DataError
 from ..core.moments import Moments
 from .gram import Gram
 
-__all__ = ["add_up", "agree", "dealt", "first", "rank_of", "wait", "world"]
+__all__ = ["add_up", "agree", "dealt", "first", "joined", "rank_of", "wait", "world"]
 
 T = TypeVar("T")
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Inside, this process is one of those that torchrun started together; one that was started alone stays alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def world() -> tuple[int, int]:

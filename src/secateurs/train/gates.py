@@ -7,7 +7,7 @@ costs are products of them. With s the expected sparsity and t(step) its target,
     penalty = λ1·(s - t) + λ2·(s - t)²,                                                                              (1)
 
 which the gates descend and λ1, λ2, both 0 at first, ascend (Wang et al., arXiv 1910.04732; CoFi, Sheared-LLaMA,
-Compresso). Since λ2 never falls, any target that the gates can reach is reached.
+Compresso). λ2 never falls, so a target that the gates can reach is reached, given steps enough.
 """
 
 from __future__ import annotations
