@@ -119,6 +119,13 @@ def test_blocks_with_more_outliers_keep_more(model: Net, data: list[Any]) -> Non
     assert float(again.masks["blocks.1.up.weight"].float().mean()) == pytest.approx(0.5 + 0.4 * 2 / 3, abs=1 / 64)
 
 
+def test_stacked_experts_stay_dense_and_are_named(model: Net, data: list[Any]) -> None:
+    model.blocks[0].experts = nn.Parameter(torch.ones(4, 8, 8))
+    with pytest.warns(UserWarning, match=r"what is stacked in blocks\.0\.experts \(and 0 more\) stays dense"):
+        made = run(model, data)
+    assert "blocks.0.experts" not in made.masks
+
+
 def test_scope_and_ignore_choose_layers(model: Net, data: list[Any]) -> None:
     assert sorted(run(model, data, scope="*.up").masks) == [f"blocks.{i}.up.weight" for i in range(3)]
     assert sorted(run(model, data, ignore="blocks.1.*").masks) == [

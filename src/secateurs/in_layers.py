@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -264,6 +265,7 @@ def layers_to_solve(
         weights = divided_weights(weights, pattern.of, str(pattern), all_of_them=scope is not None, turned=turned)
     # Of an attention of PyTorch's own, the weights of its inputs are no module's.
     inside = _within_blocks(model, [name for name in weights if name.rpartition(".")[2] == "weight"])
+    _warn_of_stacks(model)
     if not inside:
         raise ModelError(f"no block of {type(model).__name__} has a layer to solve: look at scope= and ignore=.")
     if pattern is not None:
@@ -332,6 +334,19 @@ def solved(
 def _stacked(parts: list[Tensor]) -> Tensor:
     """The matrices of all groups in one tensor; of a single one without a copy."""
     return parts[0][None] if len(parts) == 1 else torch.stack(parts)
+
+
+def _warn_of_stacks(model: nn.Module) -> None:
+    """None; says so where experts are stacked in tensors that no layer multiplies by, so that they stay dense."""
+    convolutions = {id(m.weight) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
+    stacks = [n for n, p in model.named_parameters() if p.dim() == 3 and id(p) not in convolutions]
+    inside = [n for n in stacks if any(n.startswith(f"{block}.") for block in blocks_of(model))]
+    if inside:
+        warnings.warn(
+            f"what is stacked in {inside[0]} (and {len(inside) - 1} more) stays dense: experts in one tensor are no "
+            "layers; granularity='expert' removes whole ones.",
+            stacklevel=3,
+        )
 
 
 def _outliers(

@@ -8,6 +8,9 @@ from collections.abc import Mapping
 
 __all__ = ["apportion"]
 
+# Of the largest weight; a bound divided by less than this may be infinite.
+_LEAST = 1e-290
+
 
 def apportion(
     weights: Mapping[str, float], total: int, floors: Mapping[str, int], caps: Mapping[str, int]
@@ -33,9 +36,16 @@ def apportion(
         idle = {n: float(caps[n] - floors[n]) for n in names if weights[n] <= 0}
         rest = apportion(idle, total - sum(caps[n] for n in names if n not in idle), floors, caps)
         return {n: rest.get(n, caps[n]) for n in names}
+    weights = _scaled(weights)
     level = _water_level(weights, total, floors, caps)
     exact = {n: min(max(level * weights[n], floors[n]), caps[n]) for n in names}
     return _largest_remainders(exact, total)
+
+
+def _scaled(weights: Mapping[str, float]) -> dict[str, float]:
+    """The weights times a power of two, which rounds nothing, so that the largest is near 1."""
+    exponent = math.frexp(max(weights.values(), default=0.0))[1]
+    return {name: max(math.ldexp(weight, -exponent), _LEAST) if weight > 0 else 0.0 for name, weight in weights.items()}
 
 
 def _water_level(weights: Mapping[str, float], total: int, floors: Mapping[str, int], caps: Mapping[str, int]) -> float:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.batch import Call, call, split
+from ..core.batch import Call, call, device_of, move, split
 from ..core.errors import DataError, ModelError
 from .gram import solvable
 
@@ -78,7 +78,9 @@ def walk(model: nn.Module, data: Iterable[Any], names: Sequence[str], visit: Vis
         DataError: there is no batch.
         ModelError: the passes do not reach the same blocks, or never reach one.
     """
-    inputs = [split(batch)[0] for batch in data]
+    device = device_of(model)
+    # A model whose weights come and go has its first ones on meta, and its inputs where they are.
+    inputs = [split(batch)[0] if device.type == "meta" else move(split(batch)[0], device) for batch in data]
     if not inputs:
         raise DataError("the calibration data is empty: at least one batch is needed.")
     with without_cache(model):

@@ -20,7 +20,8 @@ means, so that more calibration data does not change the widths: 13.1072 is the 
 "macs<=80%" count all of the model.
 
 With `compensation=True` the biases take the means of what goes (`flap`). The recovery by low-rank adapters whose ranks
-follow the importance is a training of its own: `importance` and `ranks` give what it needs.
+follow the importance of their blocks is a training of its own, after this or any other cut: `recover=GuidedLora(…)` of
+`methods.language.guided_lora`.
 """
 
 from __future__ import annotations
@@ -136,30 +137,55 @@ def importance(
     return block_changes(model, blocks, take(data), change=change, seed=seed)
 
 
-def ranks(importance: Mapping[str, float], mean_rank: int) -> dict[str, int]:
-    """A rank of low-rank adapters for each block, in proportion to its importance, `mean_rank` on average exactly.
+def ranks(
+    importance: Mapping[str, float],
+    mean_rank: int,
+    *,
+    costs: Mapping[str, int] | None = None,
+    most: Mapping[str, int] | None = None,
+) -> dict[str, int]:
+    """A rank of low-rank adapters for each block, in proportion to its importance, at the cost of `mean_rank` in each.
 
-    With layers of the same shapes in all blocks, adapters of these ranks have as many parameters as of `mean_rank` in
-    each. Every block has at least rank 1.
+    All together cost as much as adapters of `mean_rank` everywhere, or less by under one rank of one block; if all cost
+    the same, the ranks are `mean_rank` on average exactly. Every block has at least rank 1.
 
     Args:
         importance: per block, at least 0; if all are 0 the ranks are equal.
         mean_rank: at least 1.
+        costs: parameters of one rank in each block; default: the same in all.
+        most: the highest rank that each block can have; where it binds, others get more. Default: no limit.
 
     Raises:
         OptionError: a rank below 1, a negative importance, or no block.
 
     >>> ranks({"layers.0": 3.0, "layers.1": 1.0}, 4)
     {'layers.0': 6, 'layers.1': 2}
+    >>> ranks({"layers.0": 3.0, "layers.1": 1.0}, 4, costs={"layers.0": 20, "layers.1": 40})
+    {'layers.0': 7, 'layers.1': 2}
     """
     if mean_rank < 1 or not importance or not all(0 <= value < float("inf") for value in importance.values()):
         raise OptionError(
             f"ranks need a mean rank of at least 1 and a finite importance of at least 0 for each block, got "
             f"{mean_rank} and {dict(importance)}."
         )
-    total = mean_rank * len(importance)
-    weights = importance if any(importance.values()) else dict.fromkeys(importance, 1.0)
-    return apportion(weights, total, dict.fromkeys(importance, 1), dict.fromkeys(importance, total))
+    prices = dict.fromkeys(importance, 1) if costs is None else {block: costs[block] for block in importance}
+    total = mean_rank * sum(prices.values())
+    caps = {block: price * (total // price if most is None else most[block]) for block, price in prices.items()}
+    even = dict.fromkeys(importance, 1.0)
+    weights = {b: (importance if any(importance.values()) else even)[b] * price for b, price in prices.items()}
+    return _whole(apportion(weights, min(total, sum(caps.values())), prices, caps), prices)
+
+
+def _whole(spent: Mapping[str, int], prices: Mapping[str, int]) -> dict[str, int]:
+    """Whole ranks for what each block may spend; what is left goes to the largest remainders that it pays for."""
+    found = {block: spent[block] // price for block, price in prices.items()}
+    left = {block: spent[block] % price for block, price in prices.items()}
+    rest = sum(left.values())
+    for block in sorted(left, key=lambda block: -left[block] / prices[block]):
+        if left[block] > 0 and prices[block] <= rest:
+            found[block] += 1
+            rest -= prices[block]
+    return found
 
 
 METHOD = method(
