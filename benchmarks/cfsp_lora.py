@@ -18,7 +18,7 @@ from secateurs.methods.language.guided_lora import GuidedLora, ranks_of
 
 SEEDS = (0, 1)
 SHARE = "sparsity=50%"
-STEPS, BATCH, RANK = 150, 16, 4
+STEPS, BATCH, RANK = 150, 8, 4
 RATES = (1e-3, 5e-3)
 LENGTH, CALIBRATION, HELD_OUT = 128, 64, 80
 ARMS = {"guided": "angular", "uniform": "none"}
@@ -41,7 +41,7 @@ def arms(dense: nn.Module, rows: Tensor, seed: int) -> tuple[dict[str, float], d
     """Perplexity of every arm and rate, the ranks of the guided one, and the importance of blocks."""
     known, test = rows[: len(rows) // 2], stories.labelled(rows[len(rows) // 2 :][:HELD_OUT])
     calibration = [{"input_ids": part} for part in drawn(known, seed, CALIBRATION).split(32)]
-    data = stories.labelled(drawn(known, seed, STEPS * BATCH), BATCH)
+    data = stories.labelled(drawn(known, seed, len(known)), BATCH)
     inputs = {"input_ids": rows[:1]}
     start = sec.prune(dense, inputs, SHARE, method="cfsp", data=calibration, seed=seed, measure=False).model
     found = {"dense": perplexity(dense, test), "cut": perplexity(start, test)}
@@ -72,11 +72,12 @@ def main() -> None:
         f"by seed {by_seed}.",
         columns=("arm", "perplexity"),
         rows=[(name, mean_std(values, 1)) for name, values in found.items()],
-        data=f"stories260k, TinyStories: half of the inner channels cut after {CALIBRATION} windows of {LENGTH} tokens, "
-        f"{STEPS} steps of {BATCH} windows, {HELD_OUT} others to measure perplexity on",
+        data=f"stories260k, TinyStories: half of the inner channels cut after {CALIBRATION} windows of {LENGTH} "
+        f"tokens, {STEPS} steps of {BATCH} windows, {HELD_OUT} others to measure perplexity on",
         seeds=SEEDS,
-        note=f"Mean rank {RANK}, in all linear layers of the five blocks. Seeds draw the windows and start the adapters. "
-        "Rates are chosen on the windows that are reported, for both arms alike. Importance, by angle over pi: "
+        note=f"Mean rank {RANK}, in all linear layers of the five blocks. Seeds draw the calibration windows, order "
+        "the others and start the adapters. Rates are chosen on the windows that are reported, for both arms alike. "
+        "Importance, by angle over pi: "
         + ", ".join(f"{value:.3f}" for value in weighed.values())
         + "; ranks of seed 0: "
         + ", ".join(map(str, chosen.values()))

@@ -72,6 +72,29 @@ def test_the_config_of_the_cut_model_is_mended_and_that_of_the_original_is_not()
     assert model.config.to_dict() == before
 
 
+@pytest.mark.parametrize(
+    ("name", "field", "scope"),
+    [("GPT-2", "n_inner", "*.c_fc"), ("GPT-Neo", "intermediate_size", "*.c_fc"), ("GPT-J", "n_inner", "*.fc_in")],
+)
+def test_a_number_that_the_config_leaves_open_is_filled_in(name: str, field: str, scope: str, tmp_path: Path) -> None:
+    """Four times the width, unless it is given."""
+    cut = pruned(name, scope=scope).model
+    assert getattr(FAMILIES[name]()[0].config, field) is None
+    assert getattr(cut.config, field) == 128
+    assert fit(cut).changes == {}
+    save_pretrained(cut, tmp_path / "m")
+
+
+def test_a_number_that_the_config_leaves_open_stays_so_where_no_one_fits() -> None:
+    model, inputs = FAMILIES["GPT-2"]()
+    with torch.no_grad():
+        for block, scale in zip(model.transformer.h, (1.0, 9.0), strict=True):
+            block.mlp.c_fc.weight.mul_(scale)
+    cut = sec.prune(model, inputs, "sparsity=50%", scope="*.c_fc", allocation="global", measure=False).model
+    assert len({block.mlp.c_fc.nf for block in cut.transformer.h}) == 2
+    assert cut.config.n_inner is None
+
+
 def test_queries_per_key_follow_where_there_is_one_key() -> None:
     cut = pruned("Gemma").model
     assert [layer.self_attn.num_key_value_groups for layer in cut.model.layers] == [2, 2]

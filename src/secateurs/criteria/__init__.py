@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..core.moments import Moments
 from . import (  # noqa: F401
     activation,
     block_influence,
@@ -15,7 +16,7 @@ from . import (  # noqa: F401
     random,
     reap,
 )
-from .evidence import Moments, gradients, observe, observing
+from .evidence import gradients, observe, observing
 from .face import score
 from .lifting import Lift
 from .preserve import preserved

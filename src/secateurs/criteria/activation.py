@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import OptionError
+from ..core.moments import Moments
 from ..solvers.gram import from_matrix, to_matrix
 from ..solvers.scores import relative_importance
-from .evidence import Moments, Visitor, observe, values
+from .evidence import Visitor, observe, values
 from .layers import column_energy, layers, out_axis, output_rows, sees_input
 from .lifting import Lift, owner, resolve
 from .registry import criterion

@@ -17,12 +17,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..core.batch import Loss, call, device_of, leaves, move, split
 from ..core.derivatives import gradients_of, hessian_product, loss_of, samples_in
 from ..core.errors import ModelError, OptionError
-from ..core.moments import Moments
 from .lifting import resolve
 from .preserve import preserved
 
 __all__ = [
-    "Moments",
     "Per",
     "RunningMean",
     "Visitor",
