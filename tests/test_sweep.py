@@ -130,3 +130,22 @@ def test_a_budget_that_cannot_be_met_is_refused() -> None:
     model = net()
     with pytest.raises(BudgetError, match="Nearest feasible"):
         front(model, plan(model, X, "macs<=90%"), ("macs<=80%", "macs<=0.1%"), TEST, timed=False)
+
+
+def test_a_width_under_a_norm_is_tested_as_it_will_be_cut() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 3, bias=False)).eval()
+    with torch.no_grad():
+        # Far from 0, so that zeros among what is left move mean and variance.
+        model[0].bias.add_(3)
+    labels = model(X).argmax(1)
+    test = [(X, labels)]
+    decided = plan(model, X[:1], "sparsity=50%", granularity="width", floor=1)
+    found = sensitivity(model, decided, test, (0.5,))
+    smaller = decided.cut(model)
+    with torch.no_grad():
+        right = float((smaller(X).argmax(1) == labels).float().mean())
+        zeros = float((decided.mask(model)(X).argmax(1) == labels).float().mean())
+    assert found == {"0": ((0.5, pytest.approx(right)),)}
+    # That zeros are something else shows that the test can fail.
+    assert zeros != right

@@ -7,11 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .core.errors import OptionError
 from .core.select import top
+from .core.units import Group
+from .graph.cut import cut
 from .graph.plan import ModelPlan
+from .graph.structure import Structure
 from .measure.latency import compare
 from .measure.quality import evaluate
 from .planning import timer
@@ -43,11 +46,24 @@ def sensitivity(
     for group in plan.groups:
         curve = []
         for share in shares:
-            keep = {**whole, group.name: top(plan.scores[group.name], max(1, round((1 - share) * group.size)))}
-            masked = replace(plan, keep=keep).mask(model)
-            curve.append((share, evaluate(masked, test, ("accuracy",))["accuracy"]))
+            keep = {**whole, group.name: top(plan.scores[group.name], _kept(group, share))}
+            curve.append((share, evaluate(_applied(model, plan, keep), test, ("accuracy",))["accuracy"]))
         curves[group.name] = tuple(curve)
     return curves
+
+
+def _kept(group: Group, share: float) -> int:
+    """Units that stay without `share` of them, as many as the model's code allows."""
+    multiple = getattr(group, "multiple", 1)
+    wanted = max(1, getattr(group, "least", 0), round((1 - share) * group.size))
+    return min(-(-wanted // multiple) * multiple, group.size)
+
+
+def _applied(model: nn.Module, plan: ModelPlan, keep: dict[str, Tensor]) -> nn.Module:
+    """The model without what goes; cut where it can be, since of a width under a norm and of experts zeros are more."""
+    if isinstance(plan.structure, Structure):
+        return cut(model, plan.structure, keep)
+    return replace(plan, keep=keep).mask(model)
 
 
 def front(

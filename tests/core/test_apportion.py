@@ -35,7 +35,7 @@ def test_bounds_hold_and_the_others_share_the_rest() -> None:
 def test_only_the_proportions_of_weights_matter_however_small_they_are() -> None:
     assert share_out([5e-324, 5e-324], 4, floors=[1, 1], caps=[4, 4]) == [2, 2]
     assert share_out([0, 5e-324], 4, floors=[1, 1], caps=[4, 4]) == [1, 3]
-    assert share_out([1e308, 3e308 / 2], 5, caps=[9, 9]) == [2, 3]
+    assert share_out([1e308, 1.5e308], 5, caps=[9, 9]) == [2, 3]
     assert share_out([1, 5e-324], 5, caps=[4, 9]) == [4, 1]
 
 

@@ -34,10 +34,6 @@ METHODS = ("flap", "ziplm")
 FEW = ZipLM(starts=0, failures=0)
 
 
-def quick_or_slow(name: str) -> Any:
-    return name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
-
-
 def tokens() -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(7)
     return [{"input_ids": torch.randint(3, 100, (4, 16), generator=generator)} for _ in range(3)]
@@ -132,7 +128,7 @@ EXPRESSED: dict[str, dict[str, Any]] = {
     "BERT": {"units": "channels"},
     "GPT-2": {"units": "channels"},
     "OPT": {"units": "channels"},
-    "Llama": {"compensation": False},
+    "Llama": {},
     "Qwen2": {"compensation": False},
     "Qwen3": {"compensation": False},
 }
@@ -143,9 +139,16 @@ REASONS = {
 }
 
 
-# The search may give all layers of a small model one width, which a config then has; FLAP's ranking does not.
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", [quick_or_slow(name) for name in TABLE])
+# The levels that are found for GPT-2 are the same in all layers, so that its config has them.
+REFUSED = [
+    pytest.param(name, method, marks=[] if name in QUICK else [pytest.mark.slow])
+    for name in TABLE
+    for method in METHODS
+    if (name, method) != ("GPT-2", "ziplm")
+]
+
+
+@pytest.mark.parametrize(("name", "method"), REFUSED)
 def test_what_no_config_expresses_is_refused_with_the_reason(name: str, method: str, tmp_path: Path) -> None:
     model, x = family(name)
     why = REASONS.get((method, name), r"makes '.*' \[.*\], but it is \[.*\], and no one number of the config fits")
