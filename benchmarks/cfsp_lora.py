@@ -14,11 +14,11 @@ from benchmarks import stories
 from benchmarks.record import holds, mean_std, record
 from secateurs.measure.quality import perplexity
 from secateurs.methods.language.cfsp import importance
-from secateurs.methods.language.guided_lora import GuidedLora, ranks_of
+from secateurs.methods.language.guided_lora import GuidedLora, adapted_layers, ranks_of
 
 SEEDS = (0, 1)
 SHARE = "sparsity=50%"
-STEPS, BATCH, RANK = 150, 8, 4
+STEPS, BATCH, RANK = 150, 8, 8
 RATES = (1e-3, 5e-3)
 LENGTH, CALIBRATION, HELD_OUT = 128, 64, 80
 ARMS = {"guided": "angular", "uniform": "none"}
@@ -37,8 +37,16 @@ def recovered(start: nn.Module, dense: nn.Module, data: list[Any], arm: str, lr:
     return model
 
 
-def arms(dense: nn.Module, rows: Tensor, seed: int) -> tuple[dict[str, float], dict[str, int], dict[str, float]]:
-    """Perplexity of every arm and rate, the ranks of the guided one, and the importance of blocks."""
+def size(model: nn.Module, ranks: dict[str, int]) -> int:
+    """Parameters of adapters of these ranks."""
+    layers = adapted_layers(model)
+    return sum(
+        r * sum(model.get_submodule(n).get_parameter("weight").shape) for b, r in ranks.items() for n in layers[b]
+    )
+
+
+def arms(dense: nn.Module, rows: Tensor, seed: int) -> tuple[dict[str, float], str]:
+    """Perplexity of every arm and rate, and what the adapters of each arm are."""
     known, test = rows[: len(rows) // 2], stories.labelled(rows[len(rows) // 2 :][:HELD_OUT])
     calibration = [{"input_ids": part} for part in drawn(known, seed, CALIBRATION).split(32)]
     data = stories.labelled(drawn(known, seed, len(known)), BATCH)
@@ -48,8 +56,18 @@ def arms(dense: nn.Module, rows: Tensor, seed: int) -> tuple[dict[str, float], d
     for arm in ARMS:
         for lr in RATES:
             found[f"{arm}, {lr:g}"] = perplexity(recovered(start, dense, data, arm, lr, seed), test)
-    weighed = importance(dense, data[:128])
-    return found, ranks_of(start, weighed, RANK), weighed
+    return found, told(start, importance(dense, data))
+
+
+def told(start: nn.Module, weighed: dict[str, float]) -> str:
+    """The importance of blocks, the ranks that follow from it, and the parameters of both arms."""
+    ranks = ranks_of(start, weighed, RANK)
+    sizes = [size(start, chosen) for chosen in (ranks, dict.fromkeys(ranks, RANK))]
+    figures = ", ".join(f"{value:.3f}" for value in weighed.values())
+    return (
+        f"Importance, by angle over pi: {figures}; ranks {', '.join(map(str, ranks.values()))}, of {sizes[0]:,} "
+        f"parameters against {sizes[1]:,}."
+    )
 
 
 def main() -> None:
@@ -62,7 +80,6 @@ def main() -> None:
     by_seed = "; ".join(
         f"{a:.2f} / {b:.2f}" for a, b in zip(found[best["guided"]], found[best["uniform"]], strict=True)
     )
-    _, chosen, weighed = runs[0]
     record(
         "cfsp_lora",
         system="cfsp",
@@ -77,11 +94,7 @@ def main() -> None:
         seeds=SEEDS,
         note=f"Mean rank {RANK}, in all linear layers of the five blocks. Seeds draw the calibration windows, order "
         "the others and start the adapters. Rates are chosen on the windows that are reported, for both arms alike. "
-        "Importance, by angle over pi: "
-        + ", ".join(f"{value:.3f}" for value in weighed.values())
-        + "; ranks of seed 0: "
-        + ", ".join(map(str, chosen.values()))
-        + ".",
+        f"Seed 0: {runs[0][1]}",
     )
 
 

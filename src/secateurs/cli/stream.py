@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import typing
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -59,7 +60,9 @@ def stream(
     The predicted peak of memory is told first. A run that is killed goes on where it stopped when it is started again.
     Under torchrun the batches and the layers of a block are shared out among the processes.
     """
-    with session(**vars(output), threads=threads) as talk:
+    # Of several processes one speaks.
+    quiet = output.quiet or int(os.environ.get("RANK", "0")) > 0
+    with session(**{**vars(output), "quiet": quiet}, threads=threads) as talk:
         import torch
 
         from ..integrations import load_data

@@ -72,7 +72,7 @@ def test_ranks_follow_the_importance_and_cost_as_much_as_equal_ones() -> None:
     layers = made.model.model.layers
     costs = [sum(sum(m.weight.shape) for m in layer.modules() if isinstance(m, nn.Linear)) for layer in layers]
     assert plain[0] == 6 * sum(costs)
-    assert plain[0] - max(costs) < guided[0] <= plain[0]
+    assert abs(guided[0] - plain[0]) <= max(costs) / 2
     low, high = (found[f"model.layers.{i}.mlp.down_proj"] for i in (0, 1))
     assert low < 6 < high
     assert abs(high / low - weighed["model.layers.1"] / weighed["model.layers.0"]) < 1 / low + high / low**2

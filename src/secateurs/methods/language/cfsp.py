@@ -146,7 +146,7 @@ def ranks(
 ) -> dict[str, int]:
     """A rank of low-rank adapters for each block, in proportion to its importance, at the cost of `mean_rank` in each.
 
-    All together cost as much as adapters of `mean_rank` everywhere, or less by under one rank of one block; if all cost
+    All together cost as much as adapters of `mean_rank` everywhere, give or take half a rank of one block; if all cost
     the same, the ranks are `mean_rank` on average exactly. Every block has at least rank 1.
 
     Args:
@@ -177,12 +177,12 @@ def ranks(
 
 
 def _whole(spent: Mapping[str, int], prices: Mapping[str, int]) -> dict[str, int]:
-    """Whole ranks for what each block may spend; what is left goes to the largest remainders that it pays for."""
+    """Whole ranks for what each block may spend; the largest remainders get one more while that comes nearer."""
     found = {block: spent[block] // price for block, price in prices.items()}
     left = {block: spent[block] % price for block, price in prices.items()}
     rest = sum(left.values())
     for block in sorted(left, key=lambda block: -left[block] / prices[block]):
-        if left[block] > 0 and prices[block] <= rest:
+        if left[block] > 0 and prices[block] < 2 * rest:
             found[block] += 1
             rest -= prices[block]
     return found

@@ -136,7 +136,7 @@ def adapted_layers(model: nn.Module) -> dict[str, list[str]]:
 
 
 def ranks_of(model: nn.Module, importance: Mapping[str, float], mean_rank: int) -> dict[str, int]:
-    """The rank of each block of a cut model; adapters of them cost at most what `mean_rank` everywhere would.
+    """The rank of each block of a cut model; all adapters together cost what those of `mean_rank` everywhere would.
 
     Args:
         model: with linear layers of any widths.
