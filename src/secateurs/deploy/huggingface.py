@@ -71,15 +71,17 @@ def _expressed(model: Any, *, strictly: bool) -> Any:
     if found.left is None:
         raise ModelError(f"{type(model).__qualname__} cannot be built from its config: save it with save_model.")
     shapes = model.state_dict().keys()
-    left = found.left.items()
-    wrong = [name for name, (made, has) in left if strictly or name in shapes or None in (made, has)]
+    left = found.left
+    wrong = [name for name, (made, has) in left.items() if strictly or name in shapes or None in (made, has)]
+    # A size that differs says more than a tensor that is missing, for which it may be the reason.
+    wrong.sort(key=lambda name: left[name][0] is None)
     if wrong:
-        if found.left[wrong[0]][0] is None:
+        if left[wrong[0]][0] is None:
             raise ModelError(
                 f"the config of {type(model).__qualname__} makes no {wrong[0]!r}, and nothing in it can: save it with "
                 "save_model."
             )
-        made, has = (list(side) if isinstance(side, tuple) else side for side in found.left[wrong[0]])
+        made, has = (list(side) if isinstance(side, tuple) else side for side in left[wrong[0]])
         raise ModelError(
             f"the config of {type(model).__qualname__} makes {wrong[0]!r} {made}, but it is {has}, and no one number "
             "of the config fits all layers: save it with save_model."
