@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +37,8 @@ _REPORT = "secateurs.json"
 _SMALL = (".json", ".txt", ".model", ".jinja", ".md", ".py", ".tiktoken")
 # Bytes from which on a tensor has a file of its own, so that copying holds little.
 _LARGE = 2**26
+# Names of `mallopt` options in malloc.h.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 # Bytes for each weight of a layer while it is solved: three matrices in float32, and masks.
 _WORK = 16
 
@@ -134,6 +138,7 @@ def prune_checkpoint(
         MissingExtraError: transformers or accelerate is not installed.
     """
     begun, place = perf_counter(), Path(out)
+    _hand_back_memory()
     batches, asked, solver = take(data), Budget.parse(budget), options.solver
     source = _opened(Path(folder), dtype, trust_remote_code)
     comparisons = layers_to_solve(source.model, asked, solver.within, scope, ignore)
@@ -239,6 +244,18 @@ class _Run:
             if path.is_file() and path.suffix in _SMALL and ".safetensors" not in path.name:
                 shutil.copy2(path, self._out / path.name)
         write_index(self._out, where, sum(shards.bytes(name) for name in where))
+
+
+def _hand_back_memory() -> None:
+    """None; where the C library is GNU's, what a large tensor took goes back to the system with it, for good.
+
+    By default the library keeps freed pieces of up to 32 MiB in pools, one for each thread, and over many blocks they
+    grow to more than a block. It is asked for this once; other libraries and systems do so by themselves.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for option, value in ((_MMAP_THRESHOLD, 2**20), (_TRIM_THRESHOLD, 2**20), (_ARENA_MAX, 1)):
+            mallopt(option, value)
 
 
 def _opened(folder: Path, dtype: torch.dtype | None, trust_remote_code: bool) -> _Source:

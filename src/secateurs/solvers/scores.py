@@ -17,7 +17,9 @@ def wanda_scores(weight: Tensor, norm: Tensor) -> Tensor:
         weight: [rows, columns].
         norm: [columns], of the inputs.
     """
-    return _sizes(weight).mul_(norm.to(weight.device))
+    sizes = _sizes(weight)
+    # In one dtype: a product of two would pass through copies in the wider.
+    return sizes.mul_(norm.to(sizes))
 
 
 def relative_importance(weight: Tensor, norm: Tensor, power: float = 0.5) -> Tensor:
