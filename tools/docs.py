@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def system_page(method: Method) -> str:
                 "## Call",
                 "",
                 "```python",
-                f"{method.run.__qualname__}{inspect.signature(method.run)}",
+                f"{method.run.__qualname__}{_signature(method)}",
                 "```",
                 "",
                 inspect.getdoc(method.run) or "",
@@ -91,6 +92,11 @@ def _paragraphs(lines: list[str]) -> list[str]:
             inside = indented
         out.append(line[4:] if indented else line)
     return [*out, "```"] if inside else out
+
+
+def _signature(method: Method) -> str:
+    """The call's arguments; a default that is a function goes by its name, since its address changes with each run."""
+    return re.sub(r"<function (\S+) at 0x[0-9a-f]+>", r"\1", str(inspect.signature(method.run)))
 
 
 def systems_index() -> str:

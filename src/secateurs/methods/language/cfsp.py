@@ -161,7 +161,7 @@ def ranks(
     >>> ranks({"layers.0": 3.0, "layers.1": 1.0}, 4)
     {'layers.0': 6, 'layers.1': 2}
     >>> ranks({"layers.0": 3.0, "layers.1": 1.0}, 4, costs={"layers.0": 20, "layers.1": 40})
-    {'layers.0': 7, 'layers.1': 2}
+    {'layers.0': 8, 'layers.1': 2}
     """
     if mean_rank < 1 or not importance or not all(0 <= value < float("inf") for value in importance.values()):
         raise OptionError(
