@@ -6,7 +6,6 @@ quarters of them, and accuracy on the last quarter, which no decision sees.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .core.errors import MissingExtraError, ProofError
-from .core.folder import replace_file
+from .core.folder import write_json
 from .deploy.onnx import export_onnx
 from .pruning import FineTune, Pruned, load, prune
 from .recover.context import seeded
@@ -228,7 +227,7 @@ def run(
         notes=tuple(notes),
         seconds=perf_counter() - start,
     )
-    _write(place / "demo.json", found)
+    write_json(place / "demo.json", found.to_dict())
     return found
 
 
@@ -249,13 +248,6 @@ def _pruned(
         seed=seed,
         **_OPTIONS[name],
     )
-
-
-def _write(path: Path, found: Demonstration) -> None:
-    def put(fresh: Path) -> None:
-        fresh.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
-
-    replace_file(path, put)
 
 
 def _refuse_changes(saved: nn.Module, loaded: nn.Module) -> None:

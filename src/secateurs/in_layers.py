@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .core.allocate import densities
 from .core.batch import Loss, take
-from .core.budget import Budget
+from .core.budget import Budget, Pattern
 from .core.comparison import Comparison, Within
 from .core.errors import BudgetError, ModelError, OptionError
 from .core.plan import pack, unpack
@@ -23,11 +23,11 @@ from .core.state import read_state, write_state
 from .criteria.face import check_finite
 from .criteria.outliers import outlier_shares
 from .graph.plan import digest
-from .planning import batches_of, plan_of_masks, recipe_of
+from .planning import plan_of_masks, recipe_of
 from .pruning import FineTune, Pruned, completed
 from .recover.context import seeded
 from .running import Clock, Stage, claim
-from .solvers import Gram, Solved, blocks_of, from_matrix, quadratic_error, solvable, to_matrix
+from .solvers import Gram, Solved, block_of, blocks_of, from_matrix, quadratic_error, solvable, to_matrix, weight_of
 from .solvers.layerwise import BlockDone, Gathering, Propagate, layers_by_block, solve_blocks
 from .solvers.ranks import first, wait
 from .summary import Findings, quality_of
@@ -184,7 +184,7 @@ def prune_in_layers(
     with clock("planning"):
         shares = dict(allocation_options or {})
         if allocation == "owl" and "outliers" not in shares:
-            shares["outliers"] = _outliers(model, recipe.budget, scope, ignore, batches, seed)
+            shares["outliers"] = _outliers(model, recipe.budget.pattern, scope, ignore, batches, seed)
         comparisons = layers_to_solve(model, recipe.budget, solver.within, scope, ignore, allocation, shares)
         made = copy.deepcopy(model)
     gathering = Gathering(full=True, propagate=propagate, levels=levels)
@@ -198,7 +198,7 @@ def prune_in_layers(
             notes.quality["one-shot"] = quality_of(made, tests)
     plan = plan_of_masks(made, example_inputs, outcome.masks, recipe)
     return completed(
-        model, made, plan, outcome.masks, example_inputs, notes, clock, data=batches_of(batches), tests=tests,
+        model, made, plan, outcome.masks, example_inputs, notes, clock, data=batches, tests=tests,
         loss=loss, recover=recover, recalibrate=recalibrate, measure=measure, inplace=inplace, folder=folder,
         on_step=on_step,
     )  # fmt: skip
@@ -255,19 +255,11 @@ def layers_to_solve(
         ModelError: no block has a layer that can be solved.
         OptionError: a pattern matches nothing, or does not divide a layer that `scope` names.
     """
-    pattern = budget.pattern
-    limit = budget.limit("sparsity")
+    pattern, limit = budget.pattern, budget.limit("sparsity")
     if pattern is None and (limit is None or len(budget.limits) > 1):
         raise BudgetError(f"what is solved layer by layer needs a budget such as sparsity=50% or 2:4, got {budget}.")
-    weights = prunable_weights(model, scope, ignore)
-    if pattern is not None:
-        turned = inputs_first(model, weights)
-        weights = divided_weights(weights, pattern.of, str(pattern), all_of_them=scope is not None, turned=turned)
-    # Of an attention of PyTorch's own, the weights of its inputs are no module's.
-    inside = _within_blocks(model, [name for name in weights if name.rpartition(".")[2] == "weight"])
+    inside = _names_to_solve(model, pattern, scope, ignore)
     _warn_of_stacks(model)
-    if not inside:
-        raise ModelError(f"no block of {type(model).__name__} has a layer to solve: look at scope= and ignore=.")
     if pattern is not None:
         return dict.fromkeys(inside, Comparison.of(pattern))
     assert limit is not None
@@ -300,7 +292,7 @@ def solve_layers(
         return solved(module, gram, comparisons[name], solver, name)
 
     def note(name: str, module: nn.Module, mask: Tensor, error: float) -> None:
-        outcome.masks[f"{name}.weight".lstrip(".")] = mask
+        outcome.masks[weight_of(name)] = mask
         outcome.errors[name] = error
 
     layers = layers_by_block(model, comparisons)
@@ -340,7 +332,8 @@ def _warn_of_stacks(model: nn.Module) -> None:
     """None; says so where experts are stacked in tensors that no layer multiplies by, so that they stay dense."""
     convolutions = {id(m.weight) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
     stacks = [n for n, p in model.named_parameters() if p.dim() == 3 and id(p) not in convolutions]
-    inside = [n for n in stacks if any(n.startswith(f"{block}.") for block in blocks_of(model))]
+    blocks = blocks_of(model)
+    inside = [name for name in stacks if block_of(name, blocks)]
     if inside:
         warnings.warn(
             f"what is stacked in {inside[0]} (and {len(inside) - 1} more) stays dense: experts in one tensor are no "
@@ -351,29 +344,34 @@ def _warn_of_stacks(model: nn.Module) -> None:
 
 def _outliers(
     model: nn.Module,
-    budget: Budget,
+    pattern: Pattern | None,
     scope: str | Sequence[str] | None,
     ignore: str | Sequence[str],
     data: Sequence[Any],
     seed: int,
 ) -> dict[str, float]:
     """Per layer the share of outliers in its block."""
-    blocks = layers_by_block(model, layers_to_solve(model, budget, "matrix", scope, ignore))
-    weights = {block: [f"{layer}.weight".lstrip(".") for layer in inside] for block, inside in blocks.items() if inside}
+    blocks = layers_by_block(model, _names_to_solve(model, pattern, scope, ignore))
+    weights = {block: [weight_of(layer) for layer in inside] for block, inside in blocks.items() if inside}
     found = outlier_shares(model, weights, data, seed=seed)
     return {layer: found[block] for block, inside in blocks.items() for layer in inside}
 
 
-def _within_blocks(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Of the weights called `names` the modules that lie in a block and can be solved."""
+def _names_to_solve(
+    model: nn.Module, pattern: Pattern | None, scope: str | Sequence[str] | None, ignore: str | Sequence[str]
+) -> list[str]:
+    """The modules in blocks that can be solved and have a weight in scope, whose inputs the pattern divides."""
+    weights = prunable_weights(model, scope, ignore)
+    if pattern is not None:
+        turned = inputs_first(model, weights)
+        weights = divided_weights(weights, pattern.of, str(pattern), all_of_them=scope is not None, turned=turned)
     blocks = blocks_of(model)
-    modules = [name.removesuffix("weight").removesuffix(".") for name in names]
-    return [
-        name
-        for name in modules
-        if solvable(model.get_submodule(name))
-        and any(not block or name == block or name.startswith(f"{block}.") for block in blocks)
-    ]
+    # Of an attention of PyTorch's own, the weights of its inputs are no module's.
+    modules = [name.rpartition(".")[0] for name in weights if name.rpartition(".")[2] == "weight"]
+    inside = [n for n in modules if solvable(model.get_submodule(n)) and block_of(n, blocks) is not None]
+    if not inside:
+        raise ModelError(f"no block of {type(model).__name__} has a layer to solve: look at scope= and ignore=.")
+    return inside
 
 
 class _Kept:
@@ -405,7 +403,7 @@ class _Kept:
         return {
             layer: {
                 "weight": block.get_parameter(_inside(layer, name)).detach(),
-                "mask": pack(self._outcome.masks[f"{layer}.weight".lstrip(".")]),
+                "mask": pack(self._outcome.masks[weight_of(layer)]),
                 "error": self._outcome.errors[layer],
             }
             for layer in done
@@ -417,9 +415,9 @@ class _Kept:
             weight = block.get_parameter(_inside(layer, name))
             weight.copy_(state["weight"])
             mask = unpack(state["mask"], weight.numel()).view(weight.shape)
-            self._outcome.masks[f"{layer}.weight".lstrip(".")] = mask
+            self._outcome.masks[weight_of(layer)] = mask
             self._outcome.errors[layer] = state["error"]
 
 
 def _inside(layer: str, block: str) -> str:
-    return f"{layer.removeprefix(block).lstrip('.')}.weight".lstrip(".")
+    return weight_of(layer.removeprefix(block).lstrip("."))

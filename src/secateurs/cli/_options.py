@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
 from inspect import Parameter, Signature, signature
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
@@ -71,6 +71,27 @@ def settings_of(texts: list[str] | None) -> dict[str, Any]:
         except ValueError:
             found[name.strip().replace("-", "_")] = value
     return found
+
+
+def hyperparameters(run: Callable[..., Any]) -> Any:
+    """The dataclass of a method's hyperparameters, the type of its argument `options`; None if it has none."""
+    hint = get_type_hints(run).get("options")
+    return next((kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)), None)
+
+
+def filled(record: Any, method: str, given: Mapping[str, Any]) -> Any:
+    """`record`, the hyperparameters of the method so called, with the values `given`.
+
+    Raises:
+        OptionError: a value that it has no field for.
+    """
+    from ..core.errors import unknown_name
+
+    names = [field.name for field in fields(record)] if record else []
+    for name in given:
+        if name not in names:
+            raise unknown_name(f"option of {method}", name, names)
+    return record(**given)
 
 
 Model = Annotated[str, typer.Argument(help=MODEL, show_default=False)]

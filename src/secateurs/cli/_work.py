@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import FileError, OptionError
-from ..core.folder import replace_file
+from ..core.folder import write_json
 
 _SETTINGS = "command.json"
 
@@ -47,7 +47,7 @@ def opened(out: Path, given: Mapping[str, Any], beside: Sequence[str], resume: b
     settings = {"secateurs": version("secateurs"), **{k: v for k, v in given.items() if k not in beside}}
     work = out.with_name(f"{out.name}.work")
     if not work.exists():
-        _write(work / _SETTINGS, settings)
+        write_json(work / _SETTINGS, settings)
         return work
     if not resume:
         raise FileError(f"{work} holds an unfinished run: go on with it by --resume, or delete it to start again.")
@@ -71,13 +71,6 @@ def close_if_unused(work: Path) -> bool:
     if unused:
         close(work)
     return unused
-
-
-def _write(path: Path, settings: Mapping[str, Any]) -> None:
-    def put(fresh: Path) -> None:
-        fresh.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-
-    replace_file(path, put)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shlex
-import typing
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from enum import Enum
 from functools import partial
 from inspect import signature
@@ -14,7 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ._options import Floor, Granularity, Model, Opening, Output, Settings, floor_of, settings_of
+from ._options import (
+    Floor,
+    Granularity,
+    Model,
+    Opening,
+    Output,
+    Settings,
+    filled,
+    floor_of,
+    hyperparameters,
+    settings_of,
+)
 from ._session import Session, Stages, session
 
 if TYPE_CHECKING:
@@ -209,20 +219,14 @@ def _method_options(method: str, options: Mapping[str, Any], extra: Mapping[str,
     """
     from .. import methods as _room  # noqa: F401  (registers them)
     from ..core.catalogue import get_method
-    from ..core.errors import OptionError, unknown_name
+    from ..core.errors import OptionError
 
     run = get_method(method).run
     own = [name for name in options if name not in ("scope", "ignore", "seed", *signature(run).parameters)]
     if own:
         words = ", ".join(f"--{name.replace('_', '-')}" for name in own)
         raise OptionError(f"{method} decides {words} itself: leave that out, or --method.")
-    hint = typing.get_type_hints(run).get("options")
-    record = next((kind for kind in (hint, *typing.get_args(hint)) if is_dataclass(kind)), None)
-    names = [field.name for field in fields(record)] if record else []
-    for name in extra:
-        if name not in names:
-            raise unknown_name(f"option of {method}", name, names)
-    return {"options": record(**extra)} if extra and isinstance(record, type) else {}
+    return {"options": filled(hyperparameters(run), method, extra)} if extra else {}
 
 
 def _checked(given: Mapping[str, Any], options: Mapping[str, Any]) -> Recipe | None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import typing
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ._options import Output, Settings, TrustRemoteCode, settings_of
+from ._options import Output, Settings, TrustRemoteCode, filled, hyperparameters, settings_of
 from ._session import Stages, session
 
 __all__ = ["stream"]
@@ -108,20 +106,10 @@ def _options(method: str, given: Mapping[str, Any]) -> Any:
     """
     from .. import methods as _room  # noqa: F401  (registers them)
     from ..core.catalogue import catalogue, get_method
-    from ..core.errors import OptionError, unknown_name
+    from ..core.errors import OptionError
 
-    record = _record(get_method(method).run)
+    record = hyperparameters(get_method(method).run)
     if record is None or not hasattr(record, "solver"):
-        others = ", ".join(m.name for m in catalogue() if hasattr(_record(m.run), "solver"))
+        others = ", ".join(m.name for m in catalogue() if hasattr(hyperparameters(m.run), "solver"))
         raise OptionError(f"{method} needs the whole model; those that go block by block are {others}.")
-    names = [field.name for field in fields(record)]
-    for name in given:
-        if name not in names:
-            raise unknown_name(f"option of {method}", name, names)
-    return record(**given)
-
-
-def _record(run: Any) -> Any:
-    """The dataclass of a method's hyperparameters: the type of its argument `options`."""
-    hint = typing.get_type_hints(run).get("options")
-    return next((kind for kind in (hint, *typing.get_args(hint)) if is_dataclass(kind)), None)
+    return filled(record, method, given)

@@ -9,14 +9,16 @@ next `replace`. One writer at a time.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from .errors import FileError
 
-__all__ = ["current", "replace", "replace_file"]
+__all__ = ["current", "replace", "replace_file", "write_json"]
 
 
 def current(folder: Path) -> Path:
@@ -70,6 +72,19 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
             shutil.rmtree(fresh, ignore_errors=True)
     except OSError as error:
         raise FileError(f"{path} cannot be written ({error}).") from error
+
+
+def write_json(path: Path, content: Any, indent: int = 1) -> None:
+    """None; the file holds `content` as JSON, and the file before it is whole until then.
+
+    Raises:
+        FileError: as `replace_file` does.
+    """
+
+    def put(fresh: Path) -> None:
+        fresh.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
+
+    replace_file(path, put)
 
 
 def _beside(folder: Path, role: str) -> Path:

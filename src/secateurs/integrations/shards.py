@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..core.errors import FileError
-from ..core.folder import replace_file
+from ..core.folder import replace_file, write_json
 
 __all__ = ["Shards", "write_index", "write_shard"]
 
@@ -129,8 +129,4 @@ def write_index(folder: Path, shards: Mapping[str, str], total_bytes: int) -> No
         total_bytes: of all tensors.
     """
     content = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(shards.items()))}
-
-    def put(fresh: Path) -> None:
-        fresh.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-    replace_file(folder / _INDEX, put)
+    write_json(folder / _INDEX, content, indent=2)

@@ -21,10 +21,10 @@ from ..core.batch import leaves, split, take
 from ..core.budget import Budget
 from ..core.comparison import Comparison
 from ..core.errors import FileError, MissingExtraError, ModelError
-from ..core.folder import replace_file
+from ..core.folder import write_json
 from ..in_layers import LayerSolver, LayerwiseOptions, layers_to_solve, solved
 from ..running import claim
-from ..solvers import Gram, blocks_of, to_matrix
+from ..solvers import Gram, blocks_of, matrix_shape
 from ..solvers.layerwise import BlockDone, Gathering, Propagate, layers_by_block, solve_blocks
 from ..solvers.ranks import first, wait
 from .shards import Shards, write_index, write_shard
@@ -162,7 +162,7 @@ def prune_checkpoint(
         run.finish()
     report = {"budget": str(asked), "method": solver.name, "sparsity": run.sparsity, "errors": run.errors}
     if first():
-        _write_json(place / _REPORT, report)
+        write_json(place / _REPORT, report)
         shutil.rmtree(place / _PROGRESS)
     wait()
     return Streamed(place, run.errors, run.sparsity, perf_counter() - begun, peak)
@@ -220,14 +220,14 @@ class _Run:
         self._here = json.loads(note.read_text(encoding="utf-8")) if finished else {}
         yield finished
         if not finished and first():
-            stored = {}
+            held, stored = _tensors(block), {}
             for own, full in names.items():
-                tensor = _tensors(block)[own].detach()
+                tensor = held.pop(own).detach()
                 stored[full] = tensor.to(shards.dtype(full))
                 # One tensor at a time is there twice.
                 _put(block, own, tensor.to("meta"))
             write_shard(file, stored)
-            _write_json(note, self._here)
+            write_json(note, self._here)
         wait()
         self._counts.update(self._here)
         _unload(block)
@@ -337,19 +337,14 @@ def _predicted(
     for block, inside in layers.items():
         held = sum(_bytes(source, name) for name in source.inside(block).values())
         modules = [source.model.get_submodule(layer) for layer in inside]
-        products = [_columns(module) ** 2 * 8 for module in modules] if solver.full else []
+        products = [matrix_shape(module)[1] ** 2 * 8 for module in modules] if solver.full else []
         # A solver holds scores, a mask and the new weights of its layer; of the products two copies and a factor.
         entries = max((module.get_parameter("weight").numel() for module in modules), default=0)
         solving = _WORK * entries + sum(products) + 3 * max(products, default=0)
-        widths = [_columns(module) for module in modules]
+        widths = [matrix_shape(module)[1] for module in modules]
         activations = 2 * tokens * min(widths, default=0) * (source.dtype or torch.float32).itemsize
         peak = max(peak, held + solving + activations)
     return outside + peak
-
-
-def _columns(module: nn.Module) -> int:
-    """Inputs that the module's weight multiplies, of one group."""
-    return to_matrix(module, module.get_parameter("weight")).shape[2]
 
 
 def _bytes(source: _Source, name: str) -> int:
@@ -363,10 +358,3 @@ def _check_out(out: Path, source: _Source) -> None:
         raise FileError(f"{out} is the checkpoint itself, which is never changed; choose another folder.")
     if out.is_dir() and any(out.iterdir()) and not (out / _PROGRESS).is_dir():
         raise FileError(f"{out} holds other files; choose a new folder.")
-
-
-def _write_json(path: Path, content: Any) -> None:
-    def put(fresh: Path) -> None:
-        fresh.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-    replace_file(path, put)

@@ -14,7 +14,7 @@ from ..criteria.lifting import owner
 from ..graph.plan import ModelPlan
 from ..graph.structure import Structure
 from ..graph.twin import attention_swaps, swap_attention, twin
-from ..solvers import Gram, from_matrix, remove_columns, solvable, solve_in_order, to_matrix
+from ..solvers import Gram, from_matrix, remove_columns, solvable, solve_in_order, to_matrix, weight_of
 
 __all__ = ["consumed", "repaired"]
 
@@ -44,7 +44,7 @@ def repaired(model: nn.Module, decided: ModelPlan, data: Iterable[Any], *, dampi
 
     def solve(name: str, module: nn.Module, gram: Gram) -> None:
         weight = module.get_parameter("weight").detach()
-        inputs = stays[f"{name}.weight".lstrip(".")].to(weight.device).expand(weight.shape)
+        inputs = stays[weight_of(name)].to(weight.device).expand(weight.shape)
         goes = ~to_matrix(module, inputs)[:, 0]
         parts = zip(to_matrix(module, weight), gram.hessian, goes, strict=True)
         made = [remove_columns(w, h, s, share=damping, where=name) for w, h, s in parts]

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.errors import ModelError, OptionError, unknown_name
+from ..solvers.blocks import weight_of
 from ..solvers.gram import from_matrix, is_hf_conv1d, to_matrix
 from .context import seeded
 
@@ -374,7 +375,7 @@ def _check_layers(model: nn.Module, layers: Mapping[str, nn.Module], rank: int) 
 def _mask(name: str, layer: nn.Module, masks: Mapping[str, Tensor] | None) -> Tensor:
     """What stays of the layer's weight, bool [outputs, inputs]."""
     weight = cast(Tensor, layer.weight).detach()
-    key = f"{name}.weight".lstrip(".")
+    key = weight_of(name)
     if masks is None:
         kept = weight != 0
     elif key not in masks:

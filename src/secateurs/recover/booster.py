@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.errors import ModelError, OptionError, unknown_name
+from ..solvers.blocks import weight_of
 from ..solvers.gram import from_matrix, is_hf_conv1d, to_matrix
 
 __all__ = ["STARTS", "BoostedLinear", "Booster", "Conv1D", "Start", "block_start", "boost", "boosters_of", "fold"]
@@ -174,7 +175,7 @@ def fold(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[str, ...]:
         layer = model.get_submodule(name)
         weight = cast(nn.Parameter, layer.weight)
         added = from_matrix(layer, booster.product[None], weight.shape)
-        kept = masks.get(f"{name}.weight".lstrip("."))
+        kept = masks.get(weight_of(name))
         summed = (weight.to(added.dtype) + added).to(weight.dtype)
         weight.copy_(summed if kept is None else torch.where(kept.to(weight.device), summed, 0))
         del layer._modules["booster"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from .admm import admm
 from .alps import alps
 from .bias import compensation
-from .blocks import blocks_of, walk
+from .blocks import block_of, blocks_of, walk, weight_of
 from .dsnot import dsnot
 from .exact_obs import exact_obs
-from .gram import Gram, from_matrix, solvable, to_matrix
+from .gram import Gram, from_matrix, matrix_shape, solvable, to_matrix
 from .layerwise import BlockDone, Gathering, Propagate, layers_by_block, solve_blocks
 from .least_squares import conjugate_gradients, least_squares
 from .obs import damped, inverse, quadratic_error, remove_columns, saliency
@@ -28,6 +28,7 @@ __all__ = [
     "Solved",
     "admm",
     "alps",
+    "block_of",
     "blocks_of",
     "call_levels",
     "channel_order",
@@ -41,6 +42,7 @@ __all__ = [
     "inverse",
     "layers_by_block",
     "least_squares",
+    "matrix_shape",
     "quadratic_error",
     "recorded",
     "relative_importance",
@@ -53,5 +55,6 @@ __all__ = [
     "structured_obs",
     "to_matrix",
     "walk",
+    "weight_of",
     "wanda_scores",
 ]

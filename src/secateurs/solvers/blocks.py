@@ -23,7 +23,7 @@ from ..core.batch import Call, call, device_of, move, split
 from ..core.errors import DataError, ModelError
 from .gram import solvable
 
-__all__ = ["Visit", "blocks_of", "walk", "without_cache"]
+__all__ = ["Visit", "block_of", "blocks_of", "walk", "weight_of", "without_cache"]
 
 Visit = Callable[[str, nn.Module, list[Call]], list[Any]]
 
@@ -38,6 +38,16 @@ def blocks_of(model: nn.Module) -> list[str]:
     ['layers.0']
     """
     return list(_blocks(model, "")) or [""]
+
+
+def block_of(name: str, blocks: Iterable[str]) -> str | None:
+    """Of the blocks the one in which the module or parameter called `name` lies, or which it is; None for none."""
+    return next((block for block in blocks if not block or name == block or name.startswith(f"{block}.")), None)
+
+
+def weight_of(layer: str) -> str:
+    """The name of the weight of the module called `layer`."""
+    return f"{layer}.weight".lstrip(".")
 
 
 def _blocks(module: nn.Module, path: str) -> Iterator[str]:

@@ -19,7 +19,17 @@ from ..core.batch import double
 from ..core.errors import DataError, ModelError
 from ..core.moments import Moments
 
-__all__ = ["CONVOLUTIONS", "TRANSPOSED", "Gram", "from_matrix", "is_hf_conv1d", "padded", "solvable", "to_matrix"]
+__all__ = [
+    "CONVOLUTIONS",
+    "TRANSPOSED",
+    "Gram",
+    "from_matrix",
+    "is_hf_conv1d",
+    "matrix_shape",
+    "padded",
+    "solvable",
+    "to_matrix",
+]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -128,6 +138,12 @@ def to_matrix(module: nn.Module, weight: Tensor) -> Tensor:
     if isinstance(module, TRANSPOSED) or is_hf_conv1d(module):
         return weight.flatten(1).T[None]
     return weight[None]
+
+
+def matrix_shape(module: nn.Module) -> tuple[int, int]:
+    """Groups and columns of the module's weight as `to_matrix` gives it."""
+    groups, _, columns = to_matrix(module, module.get_parameter("weight")).shape
+    return groups, columns
 
 
 def from_matrix(module: nn.Module, matrix: Tensor, shape: torch.Size) -> Tensor:

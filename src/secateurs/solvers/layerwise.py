@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ..core.batch import Call, call, leaves, split, take
 from ..core.errors import ModelError, OptionError
 from ..core.finite import all_finite
-from .blocks import blocks_of, walk
-from .gram import Gram, solvable, to_matrix
+from .blocks import block_of, blocks_of, walk
+from .gram import Gram, matrix_shape, solvable
 from .ranks import add_up, agree, dealt, rank_of, world
 from .sequential import call_levels, grams_of
 
@@ -88,7 +88,7 @@ def layers_by_block(model: nn.Module, names: Iterable[str]) -> dict[str, list[st
         if not solvable(model.get_submodule(name)):
             kind = type(model.get_submodule(name)).__name__
             raise ModelError(f"{name} is a {kind}, which is no linear layer or convolution: leave it out with ignore=.")
-        home = next((block for block in blocks if not block or name == block or name.startswith(f"{block}.")), None)
+        home = block_of(name, blocks)
         if home is None:
             raise ModelError(f"{name} lies in none of the blocks of {type(model).__name__}: leave it out with ignore=.")
         blocks[home].append(name)
@@ -185,7 +185,7 @@ def _solve_level(
 ) -> None:
     """None; each layer is solved by the process whose turn it is, and all of them know what it found."""
     for gram, name in {id(gram): (gram, name) for name, gram in grams.items()}.values():
-        add_up(gram, _shape(block.get_submodule(name)))
+        add_up(gram, matrix_shape(block.get_submodule(name)))
     found: dict[str, tuple[Tensor, float]] = {}
     seen = [name for name in level if grams[name].count]
     for name in (name for name in level if name not in seen):
@@ -202,11 +202,6 @@ def _solve_level(
         bits, errors = mask.to(torch.uint8), torch.tensor([error], dtype=torch.float64)
         agree([weight, bits, errors], rank_of(number))
         note(level[name], module, bits.bool(), float(errors))
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    groups, _, columns = to_matrix(module, module.get_parameter("weight")).shape
-    return groups, columns
 
 
 @torch.no_grad()

@@ -16,11 +16,21 @@ from ...core.errors import OptionError
 from ...core.finite import all_finite
 from ...in_layers import LayerSolver, Subject, solved
 from ...recover.context import seeded
-from ...solvers import BlockDone, Gathering, Gram, Propagate, Solved, from_matrix, layers_by_block, solve_blocks
+from ...solvers import (
+    BlockDone,
+    Gathering,
+    Gram,
+    Propagate,
+    Solved,
+    from_matrix,
+    layers_by_block,
+    solve_blocks,
+    weight_of,
+)
 from ...solvers import sparsegpt as sweep
 from ...solvers.ranks import agree, rank_of
 
-__all__ = ["Sweep", "check_general", "swept", "totals", "weight_of"]
+__all__ = ["Sweep", "check_general", "swept", "totals"]
 
 
 @dataclass(frozen=True)
@@ -35,11 +45,6 @@ class Sweep:
     block: int = 128
     damping: float = 0.01
     propagate: Propagate = "pruned"
-
-
-def weight_of(layer: str) -> str:
-    """The name of the weight of the module called `layer`."""
-    return f"{layer}.weight".lstrip(".")
 
 
 @torch.no_grad()

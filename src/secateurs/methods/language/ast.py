@@ -50,7 +50,7 @@ from ...recover.booster import boost, fold
 from ...recover.context import modes_kept, seeded
 from ...recover.distill import Distillation
 from ...recover.finetune import one_pass
-from ...solvers import from_matrix, grams_of, to_matrix
+from ...solvers import from_matrix, grams_of, to_matrix, weight_of
 from ...solvers.layerwise import seen_of
 from ...train.pruner import Pruner
 from ...train.sr_ste import Annealed, Compared, Flips, flips_of, inputs_first, straight_through
@@ -127,7 +127,7 @@ def ast(
     flips: list[Flips] = []
 
     def train(session: Session) -> dict[str, Tensor]:
-        names = [f"{layer}.weight".lstrip(".") for layer in compared]
+        names = [weight_of(layer) for layer in compared]
         comparison = next(iter(compared.values()))
         norms = _norms(session, list(compared), how, seed)
         if how.booster != "none":
@@ -194,7 +194,7 @@ def input_norms(model: nn.Module, data: Iterable[Any], layers: Sequence[str]) ->
         layer = model.get_submodule(name)
         weight = layer.get_parameter("weight")
         spread = gram.norm[:, None].expand(to_matrix(layer, weight).shape)
-        found[f"{name}.weight".lstrip(".")] = from_matrix(layer, spread, weight.shape)
+        found[weight_of(name)] = from_matrix(layer, spread, weight.shape)
     return found
 
 

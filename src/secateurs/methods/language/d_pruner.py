@@ -64,12 +64,12 @@ from ...pruning import FineTune, Pruned, completed
 from ...recover.context import seeded
 from ...recover.finetune import fine_tune
 from ...running import Clock, Stage, claim
-from ...solvers import BlockDone, Propagate, from_matrix, to_matrix
+from ...solvers import BlockDone, Propagate, from_matrix, to_matrix, weight_of
 from ...solvers.ranks import first
 from ...summary import Findings, quality_of
 from ...train.dual import DualImportance, Form, Sums, combined, keep_by_blocks
 from ..parameters import Between, OneOf, check
-from ._general import Sweep, check_general, swept, totals, weight_of
+from ._general import Sweep, check_general, swept, totals
 
 __all__ = ["METHOD", "DPruner", "Importance", "d_pruner", "dual_importance", "general_importance", "masks_of"]
 

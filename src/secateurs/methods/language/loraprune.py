@@ -58,12 +58,11 @@ from ...planning import in_scope, recipe_of
 from ...pruning import FineTune, Pruned
 from ...recover.adapters import Adapter, Adapters, adaptable, attach
 from ...recover.trainable import is_tied, only_trained
-from ...solvers import blocks_of, from_matrix, to_matrix
+from ...solvers import blocks_of, from_matrix, to_matrix, weight_of
 from ...train.gradual_units import GradualUnits
 from ..offered import offered
 from ..parameters import Between, OneOf, Registered, check
 from ._adapted import with_adapters
-from ._general import weight_of
 
 __all__ = ["METHOD", "Guide", "LoraPrune", "loraprune"]
 

@@ -53,7 +53,7 @@ from ...recover.finetune import Data, Epoch, History, fine_tune, one_pass
 from ...recover.reconstruct import reconstruct
 from ...recover.trainable import BIASED, create_biases, head_of, is_tied, only_trained, trainable_parameters
 from ...running import claim
-from ...solvers import blocks_of, call_levels, recorded, walk
+from ...solvers import blocks_of, call_levels, recorded, walk, weight_of
 from ..parameters import Between, OneOf, Registered, Several, check
 
 __all__ = ["METHOD", "Perp", "Reconstruction", "Retraining", "Trained", "perp", "retrain", "trained_share"]
@@ -347,7 +347,7 @@ def _biases_created(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[N
 def _adapted(model: nn.Module, masks: Mapping[str, Tensor], how: Perp) -> dict[AdapterKind, list[str]]:
     """The layers that carry adapters, by their kind."""
     known = adaptable(model)
-    pruned = [name for name in known if f"{name}.weight".lstrip(".") in masks]
+    pruned = [name for name in known if weight_of(name) in masks]
     found: dict[AdapterKind, list[str]] = {}
     if "adapters" in how.train:
         if not pruned:

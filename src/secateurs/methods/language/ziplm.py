@@ -57,6 +57,7 @@ from ...planning import batches_of, recipe_of
 from ...pruning import FineTune, Pruned, completed
 from ...recover.context import seeded
 from ...running import Clock, Stage, claim
+from ...solvers import weight_of
 from ...summary import Findings, quality_of
 from ..offered import offered
 from ..parameters import Between, OneOf, check
@@ -212,7 +213,7 @@ def _decided(
         with clock("searching"):
             found, kept = _searched(model, database, table, spendable, how, batches, loss, recipe.seed)
         weights = {
-            f"{consumers[group].layer}.weight".lstrip("."): database.weight(model, group, count).clone()
+            weight_of(consumers[group].layer): database.weight(model, group, count).clone()
             for group, count in kept.items()
             if count < counts[group][0]
         }
