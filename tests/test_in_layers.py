@@ -119,9 +119,9 @@ def test_blocks_with_more_outliers_keep_more(model: Net, data: list[Any]) -> Non
     assert float(again.masks["blocks.1.up.weight"].float().mean()) == pytest.approx(0.5 + 0.4 * 2 / 3, abs=1 / 64)
 
 
-def test_stacked_experts_stay_dense_and_are_named(model: Net, data: list[Any]) -> None:
+def test_a_stack_that_nothing_multiplies_stays_dense_and_is_named(model: Net, data: list[Any]) -> None:
     model.blocks[0].experts = nn.Parameter(torch.ones(4, 8, 8))
-    with pytest.warns(UserWarning, match=r"what is stacked in blocks\.0\.experts \(and 0 more\) stays dense"):
+    with pytest.warns(UserWarning, match=r"blocks\.0\.experts is multiplied in no way that can be followed and stays"):
         made = run(model, data)
     assert "blocks.0.experts" not in made.masks
 
@@ -143,6 +143,41 @@ def test_the_caller_s_model_can_take_the_place(model: Net, data: list[Any]) -> N
     made = run(model, data, inplace=True)
     assert made.model is model
     assert float((model.blocks[0].up.weight == 0).float().mean()) == 0.5
+
+
+class Mixed(nn.Module):
+    """The inner layer is one of four, stacked in one parameter."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.matrices = nn.Linear(width, width), nn.Parameter(torch.randn(4, width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.up(x).chunk(4)
+        return x + torch.cat([part @ self.matrices[number].T for number, part in enumerate(parts)])
+
+
+@pytest.mark.parametrize("propagate", ["pruned", "dense"])
+def test_a_killed_run_over_stacked_experts_goes_on_to_the_same_bits(
+    model: Net, data: list[Any], tmp_path: Path, propagate: Any
+) -> None:
+    model.blocks = nn.ModuleList(Mixed(8) for _ in range(3))
+    whole = run(model, data, propagate=propagate)
+
+    def stop(done: Any) -> None:
+        if done.name == "blocks.1":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, data, propagate=propagate, checkpoint=tmp_path, on_block=stop)
+    made = run(model, data, propagate=propagate, checkpoint=tmp_path)
+    assert [float(mask.float().mean()) for mask in made.masks.values()] == [0.5] * 6
+    assert whole.masks.keys() == made.masks.keys()
+    assert all(torch.equal(whole.masks[name], mask) for name, mask in made.masks.items())
+    assert all(map(torch.equal, whole.model.parameters(), made.model.parameters()))
+    errors = {layer.name: layer.error for layer in made.report.layers}
+    assert errors == {layer.name: layer.error for layer in whole.report.layers}
+    assert errors["blocks.0"] > 0
 
 
 @pytest.mark.parametrize("propagate", ["pruned", "dense"])
@@ -195,6 +230,12 @@ def test_what_cannot_be_done_is_refused(
     options = {"data": data, "measure": False} | options
     with pytest.raises(error, match=text):
         prune_in_layers(model, torch.ones(1, 8), budget, SOLVER, **options)
+
+
+def test_weights_that_are_not_loaded_are_refused_by_name(model: Net, data: list[Any]) -> None:
+    model.blocks[1].up.to("meta")
+    with pytest.raises(ModelError, match=r"^'blocks\.1\.up\.weight' is on the meta device.*`secateurs stream`\.$"):
+        run(model, data)
 
 
 def test_weights_that_are_no_numbers_are_refused_by_name(model: Net, data: list[Any]) -> None:

@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .core.allocate import densities
 from .core.batch import Loss, take
-from .core.budget import Budget, Pattern
+from .core.budget import Budget
 from .core.comparison import Comparison, Within
-from .core.errors import BudgetError, ModelError, OptionError
+from .core.errors import ModelError, OptionError
 from .core.plan import pack, unpack
 from .core.state import read_state, write_state
 from .criteria.face import check_finite
-from .criteria.outliers import outlier_shares
 from .graph.plan import digest
 from .planning import plan_of_masks, recipe_of
 from .pruning import FineTune, Pruned, completed
 from .recover.context import seeded
-from .running import Clock, Stage, claim
-from .solvers import Gram, Solved, block_of, blocks_of, from_matrix, quadratic_error, solvable, to_matrix, weight_of
+from .running import Clock, Stage, checkpoint_folder, claim
+from .solvers import Gram, Solved, from_matrix, layer_of, quadratic_error, tensor_of, to_matrix
 from .solvers.layerwise import BlockDone, Gathering, Propagate, layers_by_block, solve_blocks
 from .solvers.ranks import first, wait
 from .summary import Findings, quality_of
-from .train.scope import divided_weights, inputs_first, prunable_weights
+from .to_solve import layers_to_solve, outliers_of_blocks
 
 __all__ = [
     "Inputs",
@@ -39,7 +37,7 @@ __all__ = [
     "LayerwiseOptions",
     "Outcome",
     "Subject",
-    "layers_to_solve",
+    "Workspace",
     "prune_in_layers",
     "prune_with",
     "solve_layers",
@@ -53,7 +51,8 @@ class Inputs:
     Args:
         mean, variance: [columns].
         norm: [columns], the root of the mean square.
-        hessian: (2/S)·Σ x·xᵀ [columns, columns]; None unless the solver asks for it.
+        hessian: (2/S)·Σ x·xᵀ [columns, columns]; None unless the solver asks for it. It is symmetric to the bit, and a
+            solver that works in its memory leaves it as it was, since other layers may have the same.
     """
 
     mean: Tensor
@@ -86,6 +85,25 @@ class Subject:
 
 
 @dataclass(frozen=True)
+class Workspace:
+    """Bytes of memory that solving a matrix in float32 takes at the most, beside its weight and its Hessian.
+
+    Args:
+        weight: for each of its weights.
+        product: for each entry of its Hessian.
+        fixed: whatever its size.
+    """
+
+    weight: int = 12
+    product: int = 0
+    fixed: int = 2**25
+
+    def bytes(self, weights: int, columns: int) -> int:
+        """Of a matrix with so many of them."""
+        return self.weight * weights + self.product * columns**2 + self.fixed
+
+
+@dataclass(frozen=True)
 class LayerSolver:
     """A layer-wise method.
 
@@ -94,12 +112,14 @@ class LayerSolver:
         solve: from a matrix to its pruned form.
         full: whether it needs the Hessian of the inputs.
         within: what an unstructured budget compares: all entries of a matrix, or those of a row.
+        workspace: what it takes, as measured.
     """
 
     name: str
     solve: Callable[[Subject], Solved]
     full: bool = False
     within: Within = "matrix"
+    workspace: Workspace = Workspace()
 
 
 @dataclass
@@ -108,7 +128,7 @@ class Outcome:
 
     Args:
         masks: bool, per parameter, in its shape.
-        errors: per layer ‖WX − W'X‖²/‖WX‖² on the calibration data.
+        errors: per layer ‖WX − W'X‖²/‖WX‖² on the calibration data; of a stack of experts the mean over them.
     """
 
     masks: dict[str, Tensor] = field(default_factory=dict)
@@ -163,19 +183,21 @@ def prune_in_layers(
     Raises:
         BudgetError: a budget that is neither a sparsity nor a pattern.
         DataError: there is no data.
-        ModelError: NaN or infinite weights or activations, or a layer that cannot be solved.
+        ModelError: weights that are not loaded, NaN or infinite weights or activations, or a layer that cannot be
+            solved.
         OptionError: an argument outside what is allowed, or a checkpoint of another run.
     """
     if sensitivities or budgets:
         raise OptionError(f"{solver.name} makes one decision: leave out sensitivities= and budgets=.")
     batches = take(data)
     tests = None if test is None else take(test, what="test data")
+    _check_loaded(model)
     check_finite(model)
     recipe = recipe_of(
         budget, criterion=solver.name, allocation=allocation, allocation_options=allocation_options,
         granularity="weight", scope=scope, ignore=ignore, seed=seed,
     )  # fmt: skip
-    folder = None if checkpoint is None else Path(checkpoint)
+    folder = checkpoint_folder(checkpoint)
     if folder is not None and first():
         run = {"recipe": recipe.to_dict(), "model": digest(model), "settings": dict(settings or {})}
         claim(folder, run | {"propagate": propagate, "levels": levels})
@@ -184,13 +206,15 @@ def prune_in_layers(
     with clock("planning"):
         shares = dict(allocation_options or {})
         if allocation == "owl" and "outliers" not in shares:
-            shares["outliers"] = _outliers(model, recipe.budget.pattern, scope, ignore, batches, seed)
-        comparisons = layers_to_solve(model, recipe.budget, solver.within, scope, ignore, allocation, shares)
+            shares["outliers"] = outliers_of_blocks(model, recipe.budget.pattern, scope, ignore, batches, seed)
+        comparisons = layers_to_solve(
+            model, recipe.budget, solver.within, scope, ignore, allocation, shares, stacks=True
+        )  # fmt: skip
         made = copy.deepcopy(model)
     gathering = Gathering(full=True, propagate=propagate, levels=levels)
     with clock("solving"), seeded(seed, "solving"):
         outcome = solve_layers(made, batches, comparisons, solver, gathering, folder=folder, on_block=on_block)
-    notes.errors = outcome.errors
+    notes.errors = _by_module(made, outcome.errors)
     made.train(model.training)
     if tests is not None:
         with clock("testing"):
@@ -202,6 +226,15 @@ def prune_in_layers(
         loss=loss, recover=recover, recalibrate=recalibrate, measure=measure, inplace=inplace, folder=folder,
         on_step=on_step,
     )  # fmt: skip
+
+
+def _check_loaded(model: nn.Module) -> None:
+    absent = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if absent is not None:
+        raise ModelError(
+            f"{absent!r} is on the meta device and has no values: load the weights first, or prune the checkpoint with "
+            "`secateurs stream`."
+        )
 
 
 class LayerwiseOptions(Protocol):
@@ -239,36 +272,6 @@ def prune_with(
     return prune_in_layers(model, example_inputs, budget, how.solver, **own, **common)
 
 
-def layers_to_solve(
-    model: nn.Module,
-    budget: Budget,
-    within: Within,
-    scope: str | Sequence[str] | None = None,
-    ignore: str | Sequence[str] = (),
-    allocation: str = "uniform",
-    allocation_options: Mapping[str, Any] | None = None,
-) -> dict[str, Comparison]:
-    """Per layer in a block, by module name, what goes of it.
-
-    Raises:
-        BudgetError: the budget is neither one sparsity nor a pattern.
-        ModelError: no block has a layer that can be solved.
-        OptionError: a pattern matches nothing, or does not divide a layer that `scope` names.
-    """
-    pattern, limit = budget.pattern, budget.limit("sparsity")
-    if pattern is None and (limit is None or len(budget.limits) > 1):
-        raise BudgetError(f"what is solved layer by layer needs a budget such as sparsity=50% or 2:4, got {budget}.")
-    inside = _names_to_solve(model, pattern, scope, ignore)
-    _warn_of_stacks(model)
-    if pattern is not None:
-        return dict.fromkeys(inside, Comparison.of(pattern))
-    assert limit is not None
-    shapes = {name: tuple(model.get_submodule(name).get_parameter("weight").shape) for name in inside}
-    kept = densities(allocation, shapes, 1 - limit.value, **(allocation_options or {}))
-    # Through the text, since 1 − 0.6 is not 0.4.
-    return {name: Comparison(round(1 - density, 12), within) for name, density in kept.items()}
-
-
 def solve_layers(
     model: nn.Module,
     data: Sequence[Any],
@@ -289,10 +292,10 @@ def solve_layers(
     outcome = Outcome()
 
     def solve(name: str, module: nn.Module, gram: Gram) -> tuple[Tensor, float]:
-        return solved(module, gram, comparisons[name], solver, name)
+        return solved(module, gram, comparisons[name if name in comparisons else layer_of(name)], solver, name)
 
     def note(name: str, module: nn.Module, mask: Tensor, error: float) -> None:
-        outcome.masks[weight_of(name)] = mask
+        outcome.masks[tensor_of(model, name)] = mask
         outcome.errors[name] = error
 
     layers = layers_by_block(model, comparisons)
@@ -318,60 +321,23 @@ def solved(
         masks.append(found.mask)
         if hessian is not None:
             wrong += quadratic_error(matrix, found.weight, hessian)
-            whole += quadratic_error(matrix, torch.zeros_like(matrix), hessian)
+            whole += quadratic_error(matrix, matrix.new_zeros(()).expand_as(matrix), hessian)
     weight.copy_(from_matrix(module, _stacked(parts), weight.shape))
     return from_matrix(module, _stacked(masks), weight.shape), wrong / whole if whole else 0.0
+
+
+def _by_module(model: nn.Module, errors: Mapping[str, float]) -> dict[str, float]:
+    """The error of each module that was solved; of one that holds stacks the mean of theirs."""
+    found: dict[str, list[float]] = {}
+    for layer, error in errors.items():
+        module = layer.rpartition(".")[0] if tensor_of(model, layer) == layer else layer
+        found.setdefault(module, []).append(error)
+    return {module: fmean(inside) for module, inside in found.items()}
 
 
 def _stacked(parts: list[Tensor]) -> Tensor:
     """The matrices of all groups in one tensor; of a single one without a copy."""
     return parts[0][None] if len(parts) == 1 else torch.stack(parts)
-
-
-def _warn_of_stacks(model: nn.Module) -> None:
-    """None; says so where experts are stacked in tensors that no layer multiplies by, so that they stay dense."""
-    convolutions = {id(m.weight) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
-    stacks = [n for n, p in model.named_parameters() if p.dim() == 3 and id(p) not in convolutions]
-    blocks = blocks_of(model)
-    inside = [name for name in stacks if block_of(name, blocks)]
-    if inside:
-        warnings.warn(
-            f"what is stacked in {inside[0]} (and {len(inside) - 1} more) stays dense: experts in one tensor are no "
-            "layers; granularity='expert' removes whole ones.",
-            stacklevel=3,
-        )
-
-
-def _outliers(
-    model: nn.Module,
-    pattern: Pattern | None,
-    scope: str | Sequence[str] | None,
-    ignore: str | Sequence[str],
-    data: Sequence[Any],
-    seed: int,
-) -> dict[str, float]:
-    """Per layer the share of outliers in its block."""
-    blocks = layers_by_block(model, _names_to_solve(model, pattern, scope, ignore))
-    weights = {block: [weight_of(layer) for layer in inside] for block, inside in blocks.items() if inside}
-    found = outlier_shares(model, weights, data, seed=seed)
-    return {layer: found[block] for block, inside in blocks.items() for layer in inside}
-
-
-def _names_to_solve(
-    model: nn.Module, pattern: Pattern | None, scope: str | Sequence[str] | None, ignore: str | Sequence[str]
-) -> list[str]:
-    """The modules in blocks that can be solved and have a weight in scope, whose inputs the pattern divides."""
-    weights = prunable_weights(model, scope, ignore)
-    if pattern is not None:
-        turned = inputs_first(model, weights)
-        weights = divided_weights(weights, pattern.of, str(pattern), all_of_them=scope is not None, turned=turned)
-    blocks = blocks_of(model)
-    # Of an attention of PyTorch's own, the weights of its inputs are no module's.
-    modules = [name.rpartition(".")[0] for name in weights if name.rpartition(".")[2] == "weight"]
-    inside = [n for n in modules if solvable(model.get_submodule(n)) and block_of(n, blocks) is not None]
-    if not inside:
-        raise ModelError(f"no block of {type(model).__name__} has a layer to solve: look at scope= and ignore=.")
-    return inside
 
 
 class _Kept:
@@ -400,24 +366,27 @@ class _Kept:
 
     def _state(self, block: nn.Module, name: str) -> dict[str, Any]:
         done = [layer for layer in self._layers[name] if layer in self._outcome.errors]
+        weights = {layer: _inside(block, layer, name) for layer in done}
         return {
             layer: {
-                "weight": block.get_parameter(_inside(layer, name)).detach(),
-                "mask": pack(self._outcome.masks[weight_of(layer)]),
+                "weight": block.get_parameter(weight).detach(),
+                "mask": pack(self._outcome.masks[f"{name}.{weight}".lstrip(".")]),
                 "error": self._outcome.errors[layer],
             }
-            for layer in done
+            for layer, weight in weights.items()
         }
 
     @torch.no_grad()
     def _restore(self, block: nn.Module, name: str, found: Mapping[str, Any]) -> None:
         for layer, state in found.items():
-            weight = block.get_parameter(_inside(layer, name))
+            inside = _inside(block, layer, name)
+            weight = block.get_parameter(inside)
             weight.copy_(state["weight"])
             mask = unpack(state["mask"], weight.numel()).view(weight.shape)
-            self._outcome.masks[weight_of(layer)] = mask
+            self._outcome.masks[f"{name}.{inside}".lstrip(".")] = mask
             self._outcome.errors[layer] = state["error"]
 
 
-def _inside(layer: str, block: str) -> str:
-    return weight_of(layer.removeprefix(block).lstrip("."))
+def _inside(block: nn.Module, layer: str, name: str) -> str:
+    """The block's own name of the weight of a layer in it; `name` is the block's."""
+    return tensor_of(block, layer.removeprefix(name).lstrip("."))

@@ -26,6 +26,7 @@ import secateurs as sec
 from secateurs.core.errors import DataError, FileError, ModelError, OptionError
 from secateurs.integrations.shards import Shards
 from secateurs.integrations.streaming import prune_checkpoint
+from secateurs.methods.language.sparsegpt import SparseGPT
 from secateurs.methods.language.wanda import Wanda
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -142,14 +143,40 @@ def test_the_peak_is_told_before_anything_is_read(tmp_path: Path, data: list[Any
 
     done = prune_checkpoint(tmp_path / "before", "2:4", tmp_path / "after", Wanda(), data=data, on_memory=tell)
     assert told == [done.predicted_bytes]
+    assert predicted(tmp_path, data, SparseGPT()) > predicted(tmp_path, data, Wanda())
+
+
+def predicted(tmp_path: Path, data: list[Any], options: Any) -> int:
+    told: list[int] = []
+
+    def stop(bytes_: int) -> None:
+        told.append(bytes_)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune_checkpoint(tmp_path / "before", "2:4", tmp_path / "never", options, data=data, on_memory=stop)
+    return told[0]
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_the_prediction_is_what_stands_beside_one_another(method: str, tmp_path: Path, data: list[Any]) -> None:
+    built("llama", tmp_path / "before")
     shards = Shards(tmp_path / "before")
-    block = sum(shards.bytes(f"model.layers.0.{name}") for name in (
+    names = {
         "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight", "self_attn.o_proj.weight",
         "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight", "input_layernorm.weight",
         "post_attention_layernorm.weight",
-    ))  # fmt: skip
+    }  # fmt: skip
+    block = sum(shards.bytes(f"model.layers.0.{name}") for name in names)
     embeddings = shards.bytes("model.embed_tokens.weight") + shards.bytes("model.norm.weight")
-    assert told[0] == block + embeddings + 2 * 72 * 16 * 4 + 16 * (16 * 32)
+    options = Wanda() if method == "wanda" else SparseGPT()
+    work, weights = options.solver.workspace, 16 * 32
+    # Where most is held: up_proj, beside the products that it has from gate_proj, those of down_proj and the masks of
+    # what is solved; or down_proj, beside its own.
+    masks = 16 * 16 * 2 + 8 * 16 * 2
+    up = (16**2 + 32**2) * 8 * options.solver.full + masks + 2 * weights + work.bytes(weights, 16)
+    down = 32**2 * 8 * options.solver.full + masks + 3 * weights + work.bytes(weights, 32)
+    assert predicted(tmp_path, data, options) == embeddings + block + 2 * 72 * 16 * 4 + max(up, down)
 
 
 def test_the_report_has_the_errors(tmp_path: Path, data: list[Any]) -> None:

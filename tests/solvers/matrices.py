@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def drawn(seed: int, rows: int = 5, columns: int = 8, samples: int = 60) -> tuple[Tensor, Tensor]:
@@ -37,3 +40,22 @@ def relative_error(before: Tensor, after: Tensor, hessian: Tensor) -> float:
     """||WX - W'X||²/||WX||²."""
     gap = before.double() - after.double()
     return float((gap @ hessian * gap).sum() / (before.double() @ hessian * before.double()).sum())
+
+
+class Largest(TorchDispatchMode):
+    """Inside, how many bytes the ops of PyTorch hold at the most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: dict[int, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.held:
+                storage = tensor.untyped_storage()
+                self.held[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.held.pop, storage._cdata)
+                self.most = max(self.most, sum(self.held.values()))
+        return made

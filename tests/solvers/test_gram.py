@@ -122,3 +122,15 @@ def test_other_layers_are_refused() -> None:
     assert not any(solvable(module) for module in others)
     with pytest.raises(ModelError, match="the inputs of a BatchNorm1d are no columns of a matrix"):
         Gram().add(nn.BatchNorm1d(3), torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [4, 600])
+def test_a_hessian_is_symmetric_to_the_bit_and_that_of_the_formula(width: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(2)
+    found, batches = Gram(dtype=dtype), [torch.randn(7, width), torch.randn(30, width)]
+    for batch in batches:
+        found.add(nn.Linear(width, 2, device="meta"), batch)
+        assert torch.equal(found.hessian, found.hessian.mT)
+    x = torch.cat(batches).double()
+    torch.testing.assert_close(found.hessian[0], 2 / 37 * x.T @ x, rtol=1e-5, atol=1e-5)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from secateurs.core.errors import ModelError, OptionError
 from secateurs.solvers import damped, inverse, quadratic_error, remove_columns, saliency
-from secateurs.solvers.obs import check_layer, factor
+from secateurs.solvers.obs import check_layer, factor, factored
 
 PAIR = torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
 
@@ -192,6 +192,42 @@ def test_a_large_hessian_climbs_the_ladder_wherever_it_is_not_positive(place: in
     hessian[place, place + 1] = hessian[place + 1, place] = 1
     with pytest.raises(ModelError, match="not positive definite with damping up to 0"):
         factor(hessian, share=0)
+
+
+@pytest.mark.parametrize("columns", [7, 600])
+def test_a_factor_in_place_leaves_the_hessian_as_it_was(columns: int) -> None:
+    _, hessian = drawn(12, columns=columns, samples=2 * columns)
+    hessian = hessian.triu() + hessian.triu(1).T
+    before, place = hessian.clone(), hessian.data_ptr()
+    with factored(hessian, share=0.1) as enough:
+        assert enough == 0.1
+        assert torch.equal(hessian.tril(), factor(before, share=0.1))
+        assert torch.equal(hessian.triu(1), before.triu(1))
+    assert torch.equal(hessian, before)
+    assert torch.equal(inverse(hessian, share=0.1, in_place=True), inverse(before, share=0.1))
+    assert (hessian.data_ptr(), torch.equal(hessian, before)) == (place, True)
+
+
+@pytest.mark.parametrize("entry", [2.0, 500.0])
+def test_a_factor_in_place_leaves_the_hessian_also_if_it_climbs_or_fails(entry: float) -> None:
+    hessian = torch.eye(600, dtype=torch.float64)
+    hessian[400, 401] = hessian[401, 400] = entry
+    before = hessian.clone()
+    found: list[Tensor] = []
+
+    def work() -> None:
+        with factored(hessian, share=0.02) as enough:
+            found.extend((torch.tensor(enough), hessian.tril()))
+
+    if entry == 2.0:
+        with pytest.warns(UserWarning, match="damping 2"):
+            work()
+        assert float(found[0]) == 2
+        assert torch.equal(found[1], factor(damped(before, 2), share=0))
+    else:
+        with pytest.raises(ModelError, match="not positive definite"):
+            work()
+    assert torch.equal(hessian, before)
 
 
 def test_a_ladder_of_damping_with_a_warning_on_each_step_up() -> None:

@@ -19,15 +19,17 @@ from secateurs.solvers import Gram, Solved, least_squares, ranks, wanda_scores
 
 
 class Block(nn.Module):
-    """The second layer is called on long batches only."""
+    """The second layer and the last of the experts are called on long batches only."""
 
     def __init__(self) -> None:
         super().__init__()
         self.q, self.rare, self.out = (nn.Linear(8, 8) for _ in range(3))
+        self.experts, self.is_transposed = nn.Parameter(torch.randn(3, 8, 8)), True
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.q(x)
-        return x + self.out(self.rare(x) if len(x) > 6 else x)
+        x = x + self.out(self.rare(x) if len(x) > 6 else x)
+        return torch.cat([part @ self.experts[i] for i, part in enumerate(x.split(3))])
 
 
 class Net(nn.Module):
@@ -84,7 +86,9 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     mp.spawn(work, (port, str(tmp_path)), nprocs=2)
     alone, everything = pruned()
     both = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    assert len(everything) == 6
+    assert len(everything) == 12
+    parts = [f"blocks.{block}.experts[{expert}]" for block in range(2) for expert in range(3)]
+    assert sorted(name for name in everything if "[" in name) == parts
     assert sorted(both[0]["mine"] + both[1]["mine"]) == sorted(everything)
     assert both[0]["mine"]
     assert both[1]["mine"]

@@ -12,7 +12,7 @@ from secateurs.core.budget import Pattern
 from secateurs.core.comparison import Comparison, Within
 from secateurs.core.errors import ModelError, OptionError
 from secateurs.solvers import damped, quadratic_error, sparsegpt
-from tests.solvers.matrices import drawn
+from tests.solvers.matrices import Largest, drawn
 
 PAIR = torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
 
@@ -279,3 +279,36 @@ def test_what_does_not_fit_is_refused() -> None:
         sparsegpt(weight, hessian, mask=torch.ones(3, dtype=torch.bool), where="fc")
     with pytest.raises(OptionError, match="a block has at least 1 column, got 0"):
         sparsegpt(weight, hessian, half, block=0)
+
+
+@pytest.mark.parametrize("columns", [12, 700])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sweep_in_the_hessian_s_own_memory_is_the_same_and_leaves_it(columns: int, dtype: torch.dtype) -> None:
+    weight, hessian = drawn(3, 4, columns, samples=2 * columns)
+    hessian = hessian.triu() + hessian.triu(1).T
+    before = hessian.clone()
+    made = sparsegpt(weight.to(dtype), hessian, Comparison(0.5), in_place=True)
+    wanted = sparsegpt(weight.to(dtype), before, Comparison(0.5))
+    assert torch.equal(made.weight, wanted.weight)
+    assert torch.equal(hessian, before)
+
+
+def test_a_sweep_that_fails_leaves_the_hessian() -> None:
+    hessian = torch.tensor([[1.0, 500.0, 2.0], [500.0, 1.0, 3.0], [2.0, 3.0, 4.0]], dtype=torch.float64)
+    before = hessian.clone()
+    with pytest.raises(ModelError, match="not positive definite"):
+        sparsegpt(torch.ones(2, 3), hessian, Comparison(0.5), in_place=True)
+    assert torch.equal(hessian, before)
+
+
+def test_a_sweep_in_place_holds_no_second_matrix() -> None:
+    columns = 1500
+    weight, hessian = torch.randn(8, columns), torch.eye(columns, dtype=torch.float64)
+    found = []
+    for in_place in (True, False):
+        with Largest() as seen:
+            sparsegpt(weight, hessian, Comparison(0.5), in_place=in_place)
+        found.append(seen.most / hessian.nbytes)
+    # The hessian itself and strips of it; and a whole one beside these.
+    assert found[0] < 1.5
+    assert found[1] > 2

@@ -175,6 +175,41 @@ def test_sparsity_zero_is_the_dense_training_bit_for_bit() -> None:
 # -- patterns ----------------------------------------------------------------------------------------------------------
 
 
+class Conv1D(nn.Module):
+    """As Hugging Face's: its weight is [inputs, outputs]."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+def test_a_pattern_runs_along_the_inputs_wherever_they_stand() -> None:
+    """A layer that holds the transposed weight is pruned to the transposed mask, after the same training."""
+    plain, turned = nn.Linear(8, 6, bias=False), Conv1D(8, 6)
+    with torch.no_grad():
+        turned.weight.copy_(plain.weight.T)
+    masks = []
+    for model in (plain, turned):
+        optimizer = sgd(model)
+        pruner = PDP(model, optimizer, begin=1, every=1, rise=0.5, pattern="2:4")
+        for seed in range(5):
+            inputs = torch.randn(16, 8, generator=torch.Generator().manual_seed(seed))
+            optimizer.zero_grad()
+            model(inputs).square().sum(1).sub(1).square().mean().backward()
+            optimizer.step()
+            pruner.step()
+        masks.append(pruner.finalize()["weight"])
+    assert torch.equal(masks[1], masks[0].T)
+    assert (masks[1].T.reshape(6, 2, 4).sum(2) == 2).all()
+    # Six outputs are divided by no four, eight inputs are.
+    other = Conv1D(6, 8)
+    with pytest.raises(OptionError, match="a number of inputs that 4 divides; weight has 6"):
+        PDP(other, sgd(other), **TIMES, pattern="2:4")
+
+
 @pytest.mark.parametrize(("pattern", "keep", "of"), [("2:4", 2, 4), ("1:4", 1, 4), ("2:8", 2, 8)])
 def test_every_run_of_a_pattern_keeps_exactly_its_number(pattern: str, keep: int, of: int) -> None:
     model = net()

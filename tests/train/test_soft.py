@@ -152,6 +152,20 @@ def test_runs_of_a_convolution_are_inputs_at_one_place_of_the_kernel() -> None:
     assert torch.equal(entries.flat("w", rows).view(2, 4, 3, 1), weight.abs())
 
 
+def test_runs_go_along_the_axis_of_the_inputs() -> None:
+    entries = Entries({"w": (4, 3), "v": (2, 8)}, ABSOLUTE, of=4, axes={"w": 0})
+    raw = {"w": torch.randn(4, 3), "v": torch.randn(2, 8)}
+    rows = entries.magnitudes(raw)
+    assert torch.equal(rows["w"], raw["w"].T.abs())
+    assert torch.equal(rows["v"], raw["v"].view(4, 4).abs())
+    for name, weight in raw.items():
+        assert torch.equal(entries.flat(name, rows[name]).view(weight.shape), weight.abs())
+    borders = {name: border(values, 2) for name, values in rows.items()}
+    turned = Entries({"w": (3, 4)}, ABSOLUTE, of=4)
+    plain = turned.soften({"w": raw["w"].T}, {"w": borders["w"]})["w"]
+    assert torch.equal(entries.soften(raw, borders)["w"], plain.T)
+
+
 def units(model: nn.Module, name: str, block: tuple[int, int]) -> Units:
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     return Units((WeightGroup(name, shapes[name], block),), shapes, canonical_names(model), ABSOLUTE)

@@ -385,6 +385,17 @@ def test_patterns_run_along_inputs_where_these_come_first() -> None:
         straight_through(other, SGD(other.parameters(), 0.1), matrices(other), TWO_OF_FOUR)
 
 
+@pytest.mark.parametrize("axis", [1, 2])
+def test_patterns_run_along_the_inputs_of_stacked_experts(axis: int) -> None:
+    model = nn.Module()
+    model.experts, model.is_transposed = nn.Parameter(torch.randn(3, 8, 12)), axis == 1
+    dense = model.experts.detach().clone()
+    pruner = straight_through(model, SGD(model.parameters(), 0.1), {"experts": model.experts}, TWO_OF_FOUR)
+    rows = dense.movedim(axis, -1)
+    expected = torch.stack([pattern_of(one, 2, 4) for one in rows])
+    assert torch.equal(pruner.masks["experts"].movedim(axis, -1), expected)
+
+
 def test_scores_of_half_precision_are_wider() -> None:
     """1 and 1.0078125 are neighbours in bfloat16; times 1.003 they would be equal there."""
     weight = torch.tensor([[1.0, 1.0078125]], dtype=torch.bfloat16)

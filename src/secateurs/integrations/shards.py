@@ -16,7 +16,10 @@ from torch import Tensor
 from ..core.errors import FileError
 from ..core.folder import replace_file, write_json
 
-__all__ = ["Shards", "write_index", "write_shard"]
+__all__ = ["Rows", "Shards", "write_index", "write_shard"]
+
+# Of a stack of matrices that is stored in pieces: per matrix the names of those that stand one under the other in it.
+Rows = tuple[tuple[str, ...], ...]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -28,26 +31,57 @@ class Shards:
     Args:
         folder: with `model.safetensors`, or several files and their index.
         files: those to read, instead of what the folder's index says.
+        stacks: by a name of their own, tensors [matrices, rows, columns] that the files have in pieces.
 
     Raises:
         FileError: there is no such checkpoint, or its index or one of its files cannot be read.
     """
 
-    def __init__(self, folder: Path, files: Iterable[str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, files: Iterable[str] | None = None, stacks: Mapping[str, Rows] | None = None
+    ) -> None:
         self.folder = folder
-        # Per tensor its file, number of entries and dtype, from the headers alone.
-        self._known: dict[str, tuple[str, int, torch.dtype]] = {}
+        self.stacks = dict(stacks or {})
+        # Per tensor its file, shape and dtype, from the headers alone.
+        self._known: dict[str, tuple[str, tuple[int, ...], torch.dtype]] = {}
         for file in _files(folder) if files is None else files:
             with self._open(file) as opened:
                 for name in opened.keys():  # noqa: SIM118 - not a mapping
                     part = opened.get_slice(name)
-                    self._known[name] = (file, math.prod(part.get_shape()), _DTYPES[part.get_dtype()])
+                    self._known[name] = (file, tuple(part.get_shape()), _DTYPES[part.get_dtype()])
 
     def __contains__(self, name: object) -> bool:
-        return name in self._known
+        return name in self._known or name in self.stacks
+
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors in the files."""
+        return list(self._known)
+
+    def pieces(self, name: str) -> list[str]:
+        """The names in the files of what makes up the tensor called `name`: itself, unless it is a stack."""
+        return [piece for row in self.stacks[name] for piece in row] if name in self.stacks else [name]
+
+    def apart(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """What the files have of `tensor`, which takes the place of the one called `name`; views of it."""
+        if name not in self.stacks:
+            return {name: tensor}
+        heights = [[self._known[piece][1][0] for piece in row] for row in self.stacks[name]]
+        return {
+            piece: part
+            for row, sizes, matrix in zip(self.stacks[name], heights, tensor, strict=True)
+            for piece, part in zip(row, matrix.split(sizes), strict=True)
+        }
 
     def read(self, name: str) -> Tensor:
         """The tensor called `name`, in memory of its own."""
+        if name in self.stacks:
+            rows = self.stacks[name]
+            first = torch.cat([self.read(piece) for piece in rows[0]])
+            made = first.new_empty(len(rows), *first.shape)
+            for piece, part in self.apart(name, made).items():
+                part.copy_(self.read(piece))
+            return made
         with self._open(self._known[name][0]) as file:
             # A tensor of the file would keep its pages in memory.
             tensor: Tensor = file.get_tensor(name).clone()
@@ -55,11 +89,11 @@ class Shards:
 
     def entries(self, name: str) -> int:
         """How many numbers the tensor has."""
-        return self._known[name][1]
+        return sum(math.prod(self._known[piece][1]) for piece in self.pieces(name))
 
     def dtype(self, name: str) -> torch.dtype:
         """In which it is stored."""
-        return self._known[name][2]
+        return self._known[self.pieces(name)[0]][2]
 
     def bytes(self, name: str) -> int:
         """Its size in the file."""

@@ -22,12 +22,14 @@ from ..core.budget import Budget
 from ..core.comparison import Comparison
 from ..core.errors import FileError, MissingExtraError, ModelError
 from ..core.folder import write_json
-from ..in_layers import LayerSolver, LayerwiseOptions, layers_to_solve, solved
+from ..in_layers import LayerSolver, LayerwiseOptions, solved
 from ..running import claim
-from ..solvers import Gram, blocks_of, matrix_shape
+from ..solvers import Gram, blocks_of, layer_of, tensor_of
 from ..solvers.layerwise import BlockDone, Gathering, Propagate, layers_by_block, solve_blocks
 from ..solvers.ranks import first, wait
-from .shards import Shards, write_index, write_shard
+from ..to_solve import layers_to_solve
+from .footprint import beside, matrices_of
+from .shards import Rows, Shards, write_index, write_shard
 
 __all__ = ["Streamed", "prune_checkpoint"]
 
@@ -39,8 +41,6 @@ _SMALL = (".json", ".txt", ".model", ".jinja", ".md", ".py", ".tiktoken")
 _LARGE = 2**26
 # Names of `mallopt` options in malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
-# Bytes for each weight of a layer while it is solved: three matrices in float32, and masks.
-_WORK = 16
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Streamed:
         errors: per layer ‖WX − W'X‖²/‖WX‖² on the calibration data; 0 where the method does not gather products.
         sparsity: of the layers pruned.
         seconds: of this run.
-        predicted_bytes: of memory, before it began; see `predicted_peak`.
+        predicted_bytes: of memory at the peak, told before it began.
     """
 
     folder: Path
@@ -141,7 +141,7 @@ def prune_checkpoint(
     _hand_back_memory()
     batches, asked, solver = take(data), Budget.parse(budget), options.solver
     source = _opened(Path(folder), dtype, trust_remote_code)
-    comparisons = layers_to_solve(source.model, asked, solver.within, scope, ignore)
+    comparisons = layers_to_solve(source.model, asked, solver.within, scope, ignore, stacks=True)
     layers = layers_by_block(source.model, comparisons)
     _check_out(place, source)
     peak = _predicted(source, layers, solver, batches)
@@ -199,14 +199,15 @@ class _Run:
 
     def solve(self, name: str, module: nn.Module, gram: Gram) -> tuple[Tensor, float]:
         """The mask and the relative error of the layer, which is solved in place."""
-        return solved(module, gram, self._comparisons[name], self._solver, name)
+        layer = name if name in self._comparisons else layer_of(name)
+        return solved(module, gram, self._comparisons[layer], self._solver, name)
 
     def note(self, name: str, module: nn.Module, mask: Tensor, error: float) -> None:
         """None; the layer holds what the checkpoint's dtype can hold, and is counted."""
         weight = module.get_parameter("weight")
         # What is saved and what the next block sees are the same numbers, also for a run that resumes.
-        weight.copy_(weight.to(self._source.shards.dtype(self._source.names[f"{name}.weight"])))
-        self._here[name] = [error, float(mask.numel() - int(mask.sum())), float(mask.numel())]
+        weight.copy_(weight.to(self._source.shards.dtype(self._source.names[tensor_of(self._source.model, name)])))
+        self._here[name] = [error, float(mask.numel() - int(mask.count_nonzero())), float(mask.numel())]
 
     @contextmanager
     def hold(self, name: str, block: nn.Module) -> Iterator[bool]:
@@ -216,14 +217,14 @@ class _Run:
         finished = note.is_file()
         names, shards = self._source.inside(name), self._source.shards
         again = finished and self._propagate == "pruned"
-        _load(block, names, Shards(self._out, [file.name]) if again else shards, self._source.dtype)
+        _load(block, names, Shards(self._out, [file.name], shards.stacks) if again else shards, self._source.dtype)
         self._here = json.loads(note.read_text(encoding="utf-8")) if finished else {}
         yield finished
         if not finished and first():
             held, stored = _tensors(block), {}
             for own, full in names.items():
                 tensor = held.pop(own).detach()
-                stored[full] = tensor.to(shards.dtype(full))
+                stored.update(shards.apart(full, tensor.to(shards.dtype(full))))
                 # One tensor at a time is there twice.
                 _put(block, own, tensor.to("meta"))
             write_shard(file, stored)
@@ -235,8 +236,14 @@ class _Run:
     def finish(self) -> None:
         """None; what lies in no block is copied, then the small files, and at last the index."""
         shards = self._source.shards
-        where = {full: file for block, file in self._files.items() for full in self._source.inside(block).values()}
-        for number, names in enumerate(_portions(shards, self._source.outside().values()), 1):
+        where = {
+            piece: file
+            for block, file in self._files.items()
+            for full in self._source.inside(block).values()
+            for piece in shards.pieces(full)
+        }
+        outside = [piece for full in self._source.outside().values() for piece in shards.pieces(full)]
+        for number, names in enumerate(_portions(shards, outside), 1):
             file = f"model-rest-{number:05}.safetensors"
             write_shard(self._out / file, {name: shards.read(name) for name in names})
             where.update(dict.fromkeys(names, file))
@@ -270,7 +277,7 @@ def _opened(folder: Path, dtype: torch.dtype | None, trust_remote_code: bool) ->
     blocks = blocks_of(model)
     if blocks == [""]:
         raise ModelError(f"{type(model).__name__} is no list of blocks, so that it cannot be held in parts.")
-    names = _names(model, shards)
+    names, shards = _names(model, shards)
     missing = [own for own in _tensors(model) if own not in names and own.startswith(tuple(f"{b}." for b in blocks))]
     if missing:
         raise ModelError(
@@ -280,12 +287,32 @@ def _opened(folder: Path, dtype: torch.dtype | None, trust_remote_code: bool) ->
     return _Source(model, shards, names, blocks, dtype)
 
 
-def _names(model: nn.Module, shards: Shards) -> dict[str, str]:
-    """The checkpoint's name of each of the model's tensors that it has; it may leave out the base model's prefix."""
+def _names(model: nn.Module, shards: Shards) -> tuple[dict[str, str], Shards]:
+    """The checkpoint's name of each of the model's tensors that it has; it may leave out the base model's prefix.
+
+    And the checkpoint with the stacks that it has in pieces, each by the model's name of it.
+    """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     forms = {own: (own, own.removeprefix(prefix), f"{prefix}{own}") for own in _tensors(model)}
     found = {own: next((form for form in known if form in shards), None) for own, known in forms.items()}
-    return {own: name for own, name in found.items() if name is not None}
+    names = {own: name for own, name in found.items() if name is not None}
+    missing = [own for own in found if own not in names]
+    if not missing:
+        return names, shards
+    changed = _changed(model, shards)
+    stacks = {own: place for own, place in changed.items() if own in missing and not isinstance(place, str)}
+    names |= {own: own if own in stacks else str(changed[own]) for own in missing if own in changed}
+    return names, Shards(shards.folder, stacks=stacks)
+
+
+def _changed(model: nn.Module, shards: Shards) -> dict[str, str | Rows]:
+    """Where the checkpoint has what loading renames or stacks; of nothing where transformers has no such thing."""
+    try:
+        conversions = import_module(f"{__package__}.conversions")
+    except ImportError:
+        return {}
+    found: dict[str, str | Rows] = conversions.stored_as(model, shards.names)
+    return found
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -330,20 +357,16 @@ def _portions(shards: Shards, names: Iterable[str]) -> Iterator[list[str]]:
 def _predicted(
     source: _Source, layers: Mapping[str, Sequence[str]], solver: LayerSolver, batches: Sequence[Any]
 ) -> int:
-    """Bytes of memory at the peak: embeddings, the largest block, its statistics and its solver, and activations."""
+    """Bytes of memory at the peak: embeddings, the largest block, and what stands beside it."""
     outside = sum(_bytes(source, name) for name in source.needed().values())
-    tokens = sum(next(leaves(split(batch)[0])).numel() for batch in batches)
+    matrices = matrices_of(source.model, [layer for inside in layers.values() for layer in inside], batches[0])
+    tokens = [next(leaves(split(batch)[0])).numel() for batch in batches]
+    itemsize = (source.dtype or torch.float32).itemsize
     peak = 0
     for block, inside in layers.items():
         held = sum(_bytes(source, name) for name in source.inside(block).values())
-        modules = [source.model.get_submodule(layer) for layer in inside]
-        products = [matrix_shape(module)[1] ** 2 * 8 for module in modules] if solver.full else []
-        # A solver holds scores, a mask and the new weights of its layer; of the products two copies and a factor.
-        entries = max((module.get_parameter("weight").numel() for module in modules), default=0)
-        solving = _WORK * entries + sum(products) + 3 * max(products, default=0)
-        widths = [matrix_shape(module)[1] for module in modules]
-        activations = 2 * tokens * min(widths, default=0) * (source.dtype or torch.float32).itemsize
-        peak = max(peak, held + solving + activations)
+        here = [matrices[layer] for layer in inside]
+        peak = max(peak, held + beside(here, solver, sum(tokens), max(tokens), itemsize))
     return outside + peak
 
 

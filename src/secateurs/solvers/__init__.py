@@ -17,6 +17,7 @@ from .scores import relative_importance, wanda_scores
 from .sequential import call_levels, grams_of, recorded, solve_in_order
 from .solved import Solved
 from .sparsegpt import sparsegpt
+from .stacks import layer_of, parts_of, tensor_of
 from .structured_obs import Level, structured_obs
 
 __all__ = [
@@ -40,9 +41,11 @@ __all__ = [
     "from_matrix",
     "grams_of",
     "inverse",
+    "layer_of",
     "layers_by_block",
     "least_squares",
     "matrix_shape",
+    "parts_of",
     "quadratic_error",
     "recorded",
     "relative_importance",
@@ -53,8 +56,9 @@ __all__ = [
     "solve_in_order",
     "sparsegpt",
     "structured_obs",
+    "tensor_of",
     "to_matrix",
     "walk",
-    "weight_of",
     "wanda_scores",
+    "weight_of",
 ]

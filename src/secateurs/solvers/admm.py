@@ -58,9 +58,9 @@ def admm(
     check_layer(weight, hessian, where)
     _check(weight, comparison, mask, iterations, refreshes, rho, where)
     problem = pose(weight, damped(hessian, 0.0), hessian.diagonal() == 0, dtype)
-    # The scaled diagonal is 1, so that a share of its mean is the number itself.
-    spread = inverse(problem.gram, share=damping + rho, where=where).to(dtype)
     pull = (problem.target.double() @ damped(problem.gram, damping)).to(dtype)
+    # The scaled diagonal is 1, so that a share of its mean is the number itself.
+    spread = inverse(problem.gram, share=damping + rho, where=where, in_place=True).to(dtype)
     dense, dual = problem.target, torch.zeros_like(problem.target)
     support = torch.ones_like(dense, dtype=torch.bool) if mask is None else mask.to(spread.device)
     for turn in range(1, iterations + 1):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.batch import Call, call, device_of, move, split
+from ..core.batch import Call, call, device_of, move, run, split
 from ..core.errors import DataError, ModelError
 from .gram import solvable
 
@@ -86,7 +86,7 @@ def walk(model: nn.Module, data: Iterable[Any], names: Sequence[str], visit: Vis
 
     Raises:
         DataError: there is no batch.
-        ModelError: the passes do not reach the same blocks, or never reach one.
+        ModelError: the model fails on a batch, or the passes do not reach the same blocks, or never reach one.
     """
     device = device_of(model)
     # A model whose weights come and go has its first ones on meta, and its inputs where they are.
@@ -266,7 +266,7 @@ class _Pass:
         try:
             # Gradient mode belongs to a thread.
             with torch.no_grad():
-                call(model, inputs)
+                run(model, inputs)
         except _Ended:
             return
         except BaseException as raised:  # noqa: BLE001

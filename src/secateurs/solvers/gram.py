@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ..core.batch import double
 from ..core.errors import DataError, ModelError
 from ..core.moments import Moments
+from .triangle import mirror, strips
 
 __all__ = [
     "CONVOLUTIONS",
@@ -56,6 +57,8 @@ class Gram:
         self.moments: Moments | None = None
         self._shape: tuple[int, int] = (0, 0)
         self._hessian: Tensor | None = None
+        # Whether what is below the diagonals is filled in.
+        self._whole = True
 
     @property
     def count(self) -> int:
@@ -79,27 +82,34 @@ class Gram:
             hessian: [groups, columns, columns]; None without products.
             shape: groups and columns.
         """
-        self.moments, self._hessian, self._shape = moments, hessian, shape
+        self.moments, self._hessian, self._shape, self._whole = moments, hessian, shape, True
 
     def _add_products(self, columns: Tensor) -> None:
-        products = columns.mT @ columns
+        groups, seen, width = columns.shape
         if self._hessian is None:
-            self._hessian = torch.zeros_like(products, dtype=torch.float64)
+            self._hessian = columns.new_zeros(groups, width, width, dtype=torch.float64)
         # Kept as the mean that is asked for, so that nobody holds a scaled copy of the largest tensor there is.
-        before = self.count - columns.shape[1]
-        self._hessian.mul_(before / max(self.count, 1)).add_(products, alpha=2 / max(self.count, 1))
+        total = max(self.count, 1)
+        # The products of a strip of rows with those from it on; what is below the diagonal is above it, too.
+        for a, b in strips(width):
+            products = columns[:, :, a:b].mT @ columns[:, :, a:]
+            self._hessian[:, a:b, a:].mul_((self.count - seen) / total).add_(products, alpha=2 / total)
+        self._whole = False
 
     @property
     def hessian(self) -> Tensor:
         """H = (2/S)·Σ x·xᵀ over S observations, of half the mean squared error: float64 [groups, columns, columns].
 
-        It is not a copy: read it only.
+        Symmetric to the bit, and not a copy: who works in it leaves it as it was.
 
         Raises:
             DataError: there was no observation.
         """
         if self._hessian is None or not self.count:
             raise DataError("a layer saw no observation on the calibration data: give more batches.")
+        if not self._whole:
+            mirror(self._hessian)
+            self._whole = True
         return self._hessian
 
     @property

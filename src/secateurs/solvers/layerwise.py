@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -22,11 +23,13 @@ from .blocks import block_of, blocks_of, walk
 from .gram import Gram, matrix_shape, solvable
 from .ranks import add_up, agree, dealt, rank_of, world
 from .sequential import call_levels, grams_of
+from .stacks import joined, parts_of, stack_at, whole
 
 __all__ = ["BlockDone", "Gathering", "Hold", "Propagate", "layers_by_block", "seen_of", "solve_blocks"]
 
 Propagate = Literal["pruned", "dense"]
-# From a layer and what is known of its inputs to its mask and its relative error; the weight is changed in place.
+# From a layer and what is known of its inputs to its mask and its relative error; the weight is changed in place. Of a
+# stack it is called with each part, by the part's name.
 SolveLayer = Callable[[str, nn.Module, Gram], tuple[Tensor, float]]
 # Told the layer, its mask and its error, before its block is run again; it may still change the weight.
 NoteLayer = Callable[[str, nn.Module, Tensor, float], None]
@@ -78,14 +81,14 @@ class Gathering:
 
 
 def layers_by_block(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
-    """For each block of `blocks_of` that has some, in order, those of the modules called `names` that lie in it.
+    """For each block of `blocks_of` that has some, in order, those of the modules and stacks `names` that lie in it.
 
     Raises:
         ModelError: one of them is in no block, or is of no kind whose inputs have a `Gram`.
     """
     blocks = {block: list[str]() for block in blocks_of(model)}
     for name in names:
-        if not solvable(model.get_submodule(name)):
+        if stack_at(model, name) is None and not solvable(model.get_submodule(name)):
             kind = type(model.get_submodule(name)).__name__
             raise ModelError(f"{name} is a {kind}, which is no linear layer or convolution: leave it out with ignore=.")
         home = block_of(name, blocks)
@@ -120,13 +123,15 @@ def solve_blocks(
     """None; `solve(name, module, gram)` has been called once for each layer, and has changed its weight in place.
 
     A layer that no batch reaches (an expert that no token is routed to) is left as it is, with a warning. Where several
-    processes were started, each runs its share of the batches and solves its share of a block's layers (`ranks`).
+    processes were started, each runs its share of the batches and solves its share of a block's layers (`ranks`). The
+    experts of a stack are solved one by one, each on what it is given; the error of a stack is the mean of theirs.
 
     Args:
         model: a copy that may be changed, the same in every process.
         data: batches as in `core.batch`, the same in every process; "attention_mask" tells padding, which does not
             count.
-        layers: names of modules by block, as `layers_by_block` gives them; blocks without layers are only run.
+        layers: names of modules and stacks (see `stacks`) by block, as `layers_by_block` gives them; blocks without
+            layers are only run.
         solve: called without gradients.
         note: told what was found, in every process.
         gathering: what of.
@@ -184,24 +189,51 @@ def _solve_level(
     block: nn.Module, level: Mapping[str, str], grams: dict[str, Gram], solve: SolveLayer, note: NoteLayer
 ) -> None:
     """None; each layer is solved by the process whose turn it is, and all of them know what it found."""
-    for gram, name in {id(gram): (gram, name) for name, gram in grams.items()}.values():
-        add_up(gram, matrix_shape(block.get_submodule(name)))
+    parts = {name: parts_of(block, name) for name in level}
+    every = {part: module for inside in parts.values() for part, module in inside.items()}
+    for gram, part in {id(gram): (gram, part) for part, gram in grams.items()}.values():
+        add_up(gram, matrix_shape(every[part]))
+    for name, inside in parts.items():
+        _warn_of_unseen(level[name], [grams[part].count for part in inside])
+    seen = [part for part in every if grams[part].count]
+    full = {part: level[name] + part.removeprefix(name) for name, inside in parts.items() for part in inside}
     found: dict[str, tuple[Tensor, float]] = {}
-    seen = [name for name in level if grams[name].count]
-    for name in (name for name in level if name not in seen):
-        warnings.warn(f"{level[name]} saw no token of the data and stays as it is.", stacklevel=2)
-    for number, name in enumerate(seen):
-        gram = grams.pop(name)
+    for number, part in enumerate(seen):
+        gram = grams.pop(part)
         if rank_of(number) == world()[0]:
-            found[name] = solve(level[name], block.get_submodule(name), gram)
-    for number, name in enumerate(seen):
-        module = block.get_submodule(name)
-        weight = module.get_parameter("weight")
-        mask, error = found.get(name, (torch.empty_like(weight, dtype=torch.bool), 0.0))
+            found[part] = solve(full[part], every[part], gram)
+    for number, part in enumerate(seen):
+        weight = every[part].get_parameter("weight")
+        mask, error = found.get(part, (torch.empty_like(weight, dtype=torch.bool), 0.0))
         # A byte is what every backend can send.
         bits, errors = mask.to(torch.uint8), torch.tensor([error], dtype=torch.float64)
         agree([weight, bits, errors], rank_of(number))
-        note(level[name], module, bits.bool(), float(errors))
+        found[part] = bits.bool(), float(errors)
+    for name, inside in parts.items():
+        shares = [found[part][1] for part in inside if part in found]
+        if shares:
+            # An expert that saw nothing stays.
+            masks = [found[p][0] if p in found else _everything(module) for p, module in inside.items()]
+            note(level[name], whole(block, name), joined(block, name, masks), fmean(shares))
+
+
+def _everything(module: nn.Module) -> Tensor:
+    return torch.ones_like(module.get_parameter("weight"), dtype=torch.bool)
+
+
+def _warn_of_unseen(layer: str, counts: Sequence[int]) -> None:
+    """None; says so if a layer, or some experts of a stack, saw nothing; `counts` are the tokens of its parts."""
+    missing = [number for number, count in enumerate(counts) if not count]
+    if len(missing) == len(counts):
+        told = "saw no token of the data" if len(counts) == 1 else "is multiplied in no way that can be followed"
+        warnings.warn(f"{layer} {told} and stays as it is.", stacklevel=3)
+    elif missing:
+        some = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+        warnings.warn(
+            f"of the {len(counts)} experts in {layer}, {some} saw none of the {sum(counts)} inputs that the data "
+            "brings, and stay as they are: give more data.",
+            stacklevel=3,
+        )
 
 
 @torch.no_grad()

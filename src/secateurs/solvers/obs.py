@@ -8,6 +8,8 @@ that error, in float64, and knows neither models nor layers.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -15,8 +17,20 @@ from torch import Tensor
 from ..core.batch import double
 from ..core.errors import ModelError, OptionError
 from ..core.finite import all_finite
+from .triangle import mirror
 
-__all__ = ["check_layer", "damped", "factor", "inverse", "quadratic_error", "remove_columns", "saliency"]
+__all__ = [
+    "check_layer",
+    "damp",
+    "damped",
+    "factor",
+    "factored",
+    "inverse",
+    "owned",
+    "quadratic_error",
+    "remove_columns",
+    "saliency",
+]
 
 # Tenfold damping at most this many times, before an inverse is refused.
 _RUNGS = 3
@@ -25,7 +39,7 @@ _SINGULAR = 1e-13
 # Columns that a factorisation finishes at a time.
 _BLOCK = 256
 # Rows of a matrix whose error is taken at a time.
-_ROWS = 1024
+_ROWS = 256
 
 
 def damped(hessian: Tensor, share: float = 0.01) -> Tensor:
@@ -43,17 +57,20 @@ def damped(hessian: Tensor, share: float = 0.01) -> Tensor:
     >>> damped(torch.tensor([[4.0, 0.0], [0.0, 0.0]]), 0.5).tolist()
     [[5.0, 0.0], [0.0, 1.0]]
     """
-    if hessian.dim() != 2 or hessian.shape[0] != hessian.shape[1]:
-        raise OptionError(f"a hessian is square, [columns, columns]; got shape {tuple(hessian.shape)}.")
+    return damp(owned(hessian), share)
+
+
+def damp(matrix: Tensor, share: float) -> Tensor:
+    """`matrix`, float64, as `damped` makes it, in place; that says what is raised."""
+    if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise OptionError(f"a hessian is square, [columns, columns]; got shape {tuple(matrix.shape)}.")
     if not 0 <= share < float("inf"):
         raise OptionError(f"the damping must be a number of at least 0, got {share}.")
-    out = double(hessian)
-    out = out.clone() if out is hessian else out
-    diagonal = out.diagonal()
+    diagonal = matrix.diagonal()
     dead = diagonal == 0
     diagonal += share * diagonal.mean()
     diagonal[dead] = 1
-    return out
+    return matrix
 
 
 def factor(hessian: Tensor, *, share: float = 0.01, where: str = "the layer") -> Tensor:
@@ -69,34 +86,47 @@ def factor(hessian: Tensor, *, share: float = 0.01, where: str = "the layer") ->
     Raises:
         ModelError: NaN or infinite entries, or no damping was enough; the latter has the condition number.
     """
-    if not all_finite(hessian):
-        raise ModelError(
-            f"NaN or infinite values among the inputs of {where}: look at the data, or run the model in float32."
-        )
-    tried = [share * 10**rung for rung in range(_RUNGS + 1)] if share else [0.0]
-    for step in tried:
-        found = _factor(damped(hessian, step))
-        if found is None:
-            continue
-        if step > share:
-            warnings.warn(
-                f"{where}: its hessian is inverted with damping {step:g}, as {share:g} is too little.", stacklevel=3
-            )
-        return found
-    raise ModelError(
-        f"the hessian of {where} is not positive definite with damping up to {tried[-1]:g} (condition number "
-        f"{_condition(damped(hessian, tried[-1])):.1e}): give more calibration data or more damping, or leave the "
-        "layer out with ignore=."
-    )
+    _check_finite(hessian, where)
+    root = owned(hessian)
+    _climb(root, share, where)
+    return root.tril_()
 
 
-def inverse(hessian: Tensor, *, share: float = 0.01, where: str = "the layer") -> Tensor:
+@contextmanager
+def factored(hessian: Tensor, *, share: float = 0.01, where: str = "the layer") -> Iterator[float]:
+    """Inside, the lower triangle of `hessian` is that of its `factor`; gives the share of damping that was enough.
+
+    What is above the diagonal never changes, and afterwards the hessian is what it was, so that no second matrix of
+    its size is held.
+
+    Args:
+        hessian: float64 [columns, columns], symmetric to the bit, as that of a `Gram` is.
+        share, where: see `factor`, which also says what is raised.
+    """
+    _check_finite(hessian, where)
+    plain = hessian.diagonal().clone()
+    try:
+        yield _climb(hessian, share, where)
+    finally:
+        _restore(hessian, plain)
+
+
+def owned(hessian: Tensor) -> Tensor:
+    """A copy of `hessian` in float64, in its order or in PyTorch's own."""
+    wide = double(hessian)
+    return wide.clone() if wide is hessian else wide
+
+
+def inverse(hessian: Tensor, *, share: float = 0.01, where: str = "the layer", in_place: bool = False) -> Tensor:
     """The inverse of `damped(hessian, share)`, from its Cholesky factor: float64 [columns, columns].
 
     Args:
         hessian, share, where: see `factor`, which also says what is raised.
+        in_place: work in the memory of the hessian, as `factored` does; otherwise in a copy.
     """
-    return torch.cholesky_inverse(factor(hessian, share=share, where=where))
+    work = hessian if in_place else owned(hessian)
+    with factored(work, share=share, where=where):
+        return torch.cholesky_inverse(work)
 
 
 def saliency(weight: Tensor, hessian: Tensor, *, share: float = 0.01, where: str = "the layer") -> Tensor:
@@ -186,38 +216,57 @@ def _check_columns(weight: Tensor, hessian: Tensor) -> None:
         )
 
 
-def _factor(matrix: Tensor) -> Tensor | None:
-    """The lower Cholesky factor, in the place of the matrix where that is large and on the CPU.
+def _check_finite(hessian: Tensor, where: str) -> None:
+    if not all_finite(hessian):
+        raise ModelError(
+            f"NaN or infinite values among the inputs of {where}: look at the data, or run the model in float32."
+        )
 
-    None where the matrix is not positive definite to working precision.
-    """
-    least = _SINGULAR * matrix.diagonal()
-    if matrix.device.type == "cpu" and len(matrix) > _BLOCK:
-        root, failed = matrix, _factor_in_place(matrix)
-    else:
-        root, info = torch.linalg.cholesky_ex(matrix)
-        failed = bool(info)
-    return None if failed or not bool((root.diagonal().square() > least).all()) else root
+
+def _restore(matrix: Tensor, diagonal: Tensor) -> None:
+    """None; a matrix whose lower triangle was worked in is symmetric again."""
+    matrix.diagonal().copy_(diagonal)
+    mirror(matrix)
+
+
+def _climb(matrix: Tensor, share: float, where: str) -> float:
+    """The first share of damping on the ladder with which there is a factor, now the lower triangle of `matrix`."""
+    plain = matrix.diagonal().clone()
+    tried = [share * 10**rung for rung in range(_RUNGS + 1)] if share else [0.0]
+    for step in tried:
+        if _factor_in_place(damp(matrix, step)):
+            if step > share:
+                text = f"{where}: its hessian is inverted with damping {step:g}, as {share:g} is too little."
+                warnings.warn(text, stacklevel=4)
+            return step
+        _restore(matrix, plain)
+    raise ModelError(
+        f"the hessian of {where} is not positive definite with damping up to {tried[-1]:g} (condition number "
+        f"{_condition(damped(matrix, tried[-1])):.1e}): give more calibration data or more damping, or leave the "
+        "layer out with ignore=."
+    )
 
 
 def _factor_in_place(matrix: Tensor) -> bool:
-    """Whether the matrix is not positive definite; else it becomes its lower Cholesky factor.
+    """Whether the matrix is positive definite to working precision; if so, its lower triangle is its factor.
 
-    Columns are finished in blocks, by products with all that stand before them. LAPACK does as much arithmetic and is
-    no slower at it, but PyTorch hands it a copy by columns whose upper half is cleared number by number across memory,
-    which at 4096 columns takes half of the time.
+    What is above the diagonal stays, and is never read. Columns are finished in blocks, by products with all that
+    stand before them. LAPACK does as much arithmetic and is no slower at it, but PyTorch hands it a copy by columns
+    whose upper half is cleared number by number across memory, which at 4096 columns takes half of the time.
     """
+    least = _SINGULAR * matrix.diagonal()
     for a in range(0, len(matrix), _BLOCK):
         b = min(a + _BLOCK, len(matrix))
         corner, below = matrix[a:b, a:b], matrix[b:, a:b]
+        above = corner.clone()
         matrix[a:, a:b].addmm_(matrix[a:, :a], matrix[a:b, :a].T, alpha=-1)
         root, info = torch.linalg.cholesky_ex(corner)
         if bool(info):
-            return True
-        corner.copy_(root)
+            corner.copy_(above)
+            return False
+        corner.copy_(torch.where(torch.ones_like(corner, dtype=torch.bool).tril(), root, above))
         below.copy_(torch.linalg.solve_triangular(root.T, below, upper=True, left=False))
-        matrix[a:b, b:] = 0
-    return False
+    return bool((matrix.diagonal().square() > least).all())
 
 
 def _condition(matrix: Tensor) -> float:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..core.batch import double
 from ..core.errors import OptionError
-from .obs import factor
+from .obs import damp, factored, owned
 from .solved import Solved
+from .triangle import mirror
 
 __all__ = ["Problem", "check_mask", "pose", "positive"]
 
@@ -48,13 +49,14 @@ def pose(weight: Tensor, matrix: Tensor, dead: Tensor, dtype: torch.dtype) -> Pr
 
     Args:
         weight: [rows, columns].
-        matrix: float64 [columns, columns], a hessian whose diagonal is positive, as `damped` makes it.
+        matrix: float64 [columns, columns], a hessian whose diagonal is positive, as `damped` makes it; it becomes the
+            problem's own and is scaled in place.
         dead: bool [columns], where the hessian that was given has 0 on its diagonal.
         dtype: of the iterations, float32 or float64.
     """
     dead = dead.to(matrix.device)
     norms = matrix.diagonal().sqrt()
-    gram = matrix / norms / norms[:, None]
+    gram = matrix.div_(norms).div_(norms[:, None])
     # Without the dead columns, whose norm is 1 by convention and would be a scale of its own.
     shares = (norms / norms[~dead].square().mean().sqrt()).masked_fill(dead, 1)
     target = (double(weight).to(matrix.device) * shares).masked_fill(dead, 0)
@@ -67,8 +69,10 @@ def positive(hessian: Tensor, share: float = 0.01, where: str = "the layer") -> 
     Raises:
         ModelError: as `factor`.
     """
-    root = factor(hessian, share=share, where=where)
-    return root @ root.T
+    matrix = mirror(owned(hessian))
+    with factored(matrix, share=share, where=where) as enough:
+        pass
+    return damp(matrix, enough)
 
 
 def check_mask(weight: Tensor, mask: Tensor, where: str) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.batch import Call, call, device_of, leaves, move, split
+from ..core.batch import Call, call, device_of, leaves, move, run, split
 from ..core.errors import DataError, ModelError
 from .gram import Gram, is_hf_conv1d
+from .stacks import Products, layer_of, parts_of, plain_experts, stack_at
 
 __all__ = ["call_levels", "grams_of", "recorded", "solve_in_order"]
 
@@ -54,11 +55,13 @@ def grams_of(
 ) -> tuple[dict[str, Gram], list[Any]]:
     """The `Gram` of each layer named over one run of the data, and the outputs of the model if they are wanted.
 
+    Of a layer that is a stack each part has one of its own, by the names that `parts_of` gives.
+
     Args:
         model, data, names: see `solve_in_order`.
         full, dtype: see `Gram`.
         seen: per batch the bool mask [samples, tokens] of what counts, None for all; where the input of a layer has
-            these axes first, what is padding is left out.
+            these axes first, what is padding is left out, and of what an expert is given where its tokens are known.
         outputs: whether the second result is made; it holds as much as the model returns on all batches.
     """
     shared = _Shared(lambda: Gram(full=full, dtype=dtype))
@@ -71,14 +74,17 @@ def grams_of(
         shared.add(name, module, given, kept)
 
     made: list[Any] = []
-    with torch.no_grad(), _looking(model, dict.fromkeys(names, gather)):
+    with torch.no_grad(), _looking(model, dict.fromkeys(names, gather)) as products:
         for number, batch in enumerate(data):
             counts = None if seen is None else seen[number]
-            output = call(model, move(split(batch)[0], device_of(model)))
+            if products is not None:
+                products.next_batch(None if counts is None else counts.flatten())
+            output = run(model, move(split(batch)[0], device_of(model)))
             shared.next_batch()
             if outputs:
                 made.append(output)
-    return {name: shared.grams.get(name) or Gram(full=full, dtype=dtype) for name in names}, made
+    every = [part for name in names for part in parts_of(model, name)]
+    return {part: shared.grams.get(part) or Gram(full=full, dtype=dtype) for part in every}, made
 
 
 def recorded(model: nn.Module, name: str, data: Iterable[Any]) -> list[Call]:
@@ -152,6 +158,7 @@ def call_levels(model: nn.Module, data: Iterable[Any], names: Sequence[str]) -> 
     empty = True
 
     def note(name: str, module: nn.Module, given: Tensor) -> None:
+        name = name if name in names else layer_of(name)
         if name not in unseen:
             return
         del unseen[name]
@@ -185,11 +192,17 @@ def _run(model: nn.Module, data: Iterable[Any], visitors: Mapping[str, Visitor])
 
 
 @contextmanager
-def _looking(model: nn.Module, visitors: Mapping[str, Visitor]) -> Iterator[None]:
-    """Inside, each visitor is shown the first input tensor of every call of its layer."""
+def _looking(model: nn.Module, visitors: Mapping[str, Visitor]) -> Iterator[Products | None]:
+    """Inside, each visitor is shown the first input tensor of every call of its layer, or of a part of it.
+
+    Yields what watches the stacks among them.
+    """
     model.eval()
+    stacks = {name: visitor for name, visitor in visitors.items() if stack_at(model, name) is not None}
     with ExitStack() as hooks:
         for name, visitor in visitors.items():
+            if name in stacks:
+                continue
 
             def hook(module: nn.Module, args: Any, kwargs: Any, name: str = name, visitor: Visitor = visitor) -> None:
                 given = next(leaves((args, kwargs)), None)
@@ -198,4 +211,10 @@ def _looking(model: nn.Module, visitors: Mapping[str, Visitor]) -> Iterator[None
 
             handle = model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
             hooks.callback(handle.remove)
-        yield
+        if not stacks:
+            yield None
+            return
+        hooks.enter_context(plain_experts(model))
+        products = Products(model, stacks, lambda part, *seen: stacks[layer_of(part)](part, *seen))
+        with products:
+            yield products

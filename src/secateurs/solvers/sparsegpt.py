@@ -10,6 +10,8 @@ Cholesky factor is enough.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +21,10 @@ from ..core.budget import units_kept
 from ..core.comparison import Comparison
 from ..core.errors import OptionError
 from ..core.select import per_row, top
-from .obs import check_layer, factor
+from .obs import check_layer, factored, owned
 from .problem import check_mask
 from .solved import Solved
+from .triangle import turn
 
 __all__ = ["sparsegpt"]
 
@@ -39,6 +42,7 @@ def sparsegpt(
     damping: float = 0.01,
     where: str = "the layer",
     with_scores: bool = False,
+    in_place: bool = False,
 ) -> Solved:
     """`weight` pruned by one sweep, with `loss` = ½·Σe², which is its whole error under the damped hessian.
 
@@ -59,6 +63,8 @@ def sparsegpt(
         damping: see `factor`.
         where: the layer, for messages.
         with_scores: w²/U_jj² as the mask was chosen by (with a mask, as it would have been), in the sweep's dtype.
+        in_place: work in the memory of the hessian, which is float64 and symmetric to the bit as a `Gram` has it, and
+            leave it as it was; otherwise in a copy.
 
     Raises:
         OptionError: sizes that do not fit, a pattern that does not divide the columns, or not exactly one of
@@ -72,17 +78,22 @@ def sparsegpt(
     """
     check_layer(weight, hessian, where)
     _check_choice(weight, comparison, mask, block, where)
-    sweep = _begin(weight, hessian, comparison, mask, damping, where, with_scores)
     pattern = None if comparison is None else comparison.pattern
     panel = _PANEL if pattern is None else pattern.of
     width = block if pattern is None else max(block // panel, 1) * panel
-    loss = sum(_sweep_block(sweep, a, min(a + width, weight.shape[1]), panel) for a in range(0, weight.shape[1], width))
+    dead = hessian.diagonal() == 0
+    with _turned(hessian if in_place else owned(hessian)) as work, factored(work, share=damping, where=where):
+        sweep = _begin(weight, dead, comparison, mask, work, with_scores)
+        loss = sum(
+            _sweep_block(sweep, a, min(a + width, weight.shape[1]), panel) for a in range(0, weight.shape[1], width)
+        )
+    scores = None if sweep.scores is None else sweep.scores.T.to(weight.device)
     # Rows and columns are exchanged in one pass each: arithmetic across memory is several times slower.
     kept = sweep.keep.T.contiguous().to(weight.device)
-    made = (weight - sweep.change.T.contiguous().to(weight.device)).masked_fill_(~kept, 0).to(weight)
+    change = sweep.change.T.contiguous().to(weight.device)
     # A sweep that removes nothing changes nothing, but -0.0 minus -0.0 is 0.0.
-    made = weight.clone() if bool(kept.all()) else made
-    scores = None if sweep.scores is None else sweep.scores.T.to(weight.device)
+    nothing = bool(kept.all())
+    made = weight.clone() if nothing else torch.sub(weight, change, out=change).masked_fill_(~kept, 0).to(weight)
     return Solved(made, kept, loss, scores)
 
 
@@ -90,71 +101,86 @@ def sparsegpt(
 class _Sweep:
     """What is worked on, transposed so that a column lies in one piece: `change`, `keep`, `scores` [columns, rows].
 
-    `change` is W in the columns not reached yet and W - W' in the others. `lower` is M, `pivots` are 1/U_jj².
+    `change` is W in the columns not reached yet and W - W' in the others. R is the lower triangle of `root`, with rows
+    and columns reversed, and `scale` its diagonal; `pivots` are 1/U_jj².
     """
 
     comparison: Comparison | None
-    lower: Tensor
+    root: Tensor
+    scale: Tensor
     pivots: Tensor
     change: Tensor
     keep: Tensor
     scores: Tensor | None
 
+    def lower(self, a: int, b: int) -> Tensor:
+        """M in the rows from a to b and the columns before b, in the dtype of `change`."""
+        rows = slice(len(self.root) - b, len(self.root) - a)
+        part = self.root[rows.start :, rows].tril() / self.scale[rows]
+        return part.to(self.change.dtype).flip(0, 1).T
+
+
+@contextmanager
+def _turned(hessian: Tensor) -> Iterator[Tensor]:
+    """Inside, the hessian has its rows and columns reversed: then Cholesky's L·Lᵀ is Rᵀ·R."""
+    try:
+        yield turn(hessian)
+    finally:
+        turn(hessian)
+
 
 def _begin(
     weight: Tensor,
-    hessian: Tensor,
+    dead: Tensor,
     comparison: Comparison | None,
     mask: Tensor | None,
-    damping: float,
-    where: str,
+    root: Tensor,
     with_scores: bool,
 ) -> _Sweep:
-    # With rows and columns reversed, Cholesky's L·Lᵀ becomes Rᵀ·R.
-    root = factor(hessian.flip(0, 1), share=damping, where=where)
-    scale = root.diagonal().flip(0)
-    change = torch.empty(weight.shape[::-1], dtype=torch.promote_types(weight.dtype, torch.float32), device=root.device)
-    change.copy_(weight.T)[(hessian.diagonal() == 0).to(root.device)] = 0
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    change = torch.empty(weight.shape[::-1], dtype=dtype, device=root.device)
+    change.copy_(weight.T)[dead.to(root.device)] = 0
     keep = torch.ones_like(change, dtype=torch.bool) if mask is None else mask.T.to(change.device).contiguous()
     scores = torch.empty_like(change) if with_scores else None
-    lower = root.div_(root.diagonal().clone()).to(change.dtype).flip(0, 1).T
-    return _Sweep(comparison, lower, scale.square(), change, keep, scores)
+    scale = root.diagonal().clone()
+    return _Sweep(comparison, root, scale, scale.flip(0).square(), change, keep, scores)
 
 
 def _sweep_block(sweep: _Sweep, a: int, b: int, panel: int) -> float:
     """½·Σe² of the columns from a to b, after they are chosen and `change` is final there."""
-    lower, change = sweep.lower, sweep.change
+    lower, change = sweep.lower(a, b), sweep.change
     by_group = sweep.comparison is not None and sweep.comparison.pattern is not None
     # What a column changes by if it stays, from those before the block; the columns of the block are added below.
-    drift = (lower[a:b, :a] @ change[:a]).neg_()
+    drift = (lower[:, :a] @ change[:a]).neg_()
     if not by_group:
-        _choose(sweep, drift, a, b)
+        _choose(sweep, lower[:, a:], drift, a, b)
     for c in range(a, b, panel):
         d = min(c + panel, b)
-        part = drift[c - a : d - a].addmm_(lower[c:d, a:c], change[a:c], alpha=-1)
+        rows = lower[c - a : d - a]
+        part = drift[c - a : d - a].addmm_(rows[:, a:c], change[a:c], alpha=-1)
         if by_group:
-            _choose(sweep, part, c, d)
-        _finish(sweep, part, c, d)
+            _choose(sweep, rows[:, c:d], part, c, d)
+        _finish(sweep, rows[:, c:d], part, c, d)
     # e·U_jj is 0 where a weight stays, and where it goes the value it had when its column was reached.
     squares = (change[a:b] - drift).square_().sum(1, dtype=torch.float64)
     return float((squares * sweep.pivots[a:b]).sum() / 2)
 
 
-def _finish(sweep: _Sweep, drift: Tensor, c: int, d: int) -> None:
-    """Makes `change` final in the columns from c to d, one after the other."""
-    change, lower = sweep.change, sweep.lower
+def _finish(sweep: _Sweep, corner: Tensor, drift: Tensor, c: int, d: int) -> None:
+    """Makes `change` final in the columns from c to d, one after the other; `corner` is M there."""
+    change = sweep.change
     for i in range(c, d):
         column = drift[i - c]
         if i > c:
-            column.addmv_(change[c:i].T, lower[i, c:i], alpha=-1)
+            column.addmv_(change[c:i].T, corner[i - c, : i - c], alpha=-1)
         torch.where(sweep.keep[i], column, change[i], out=change[i])
 
 
-def _choose(sweep: _Sweep, drift: Tensor, c: int, d: int) -> None:
-    """Sets `keep` of the columns from c to d by their weights as the columns before c leave them."""
+def _choose(sweep: _Sweep, corner: Tensor, drift: Tensor, c: int, d: int) -> None:
+    """Sets `keep` of the columns from c to d, where M is `corner`, by the weights that the columns before leave."""
     if sweep.comparison is None and sweep.scores is None:
         return
-    change, corner = sweep.change[c:d], sweep.lower[c:d, c:d]
+    change = sweep.change[c:d]
     # From the right, so that what comes back lies in memory as `change` does.
     moved = torch.linalg.solve_triangular(corner.T, drift.T, upper=True, left=False, unitriangular=True).T
     now = change - moved

@@ -180,7 +180,7 @@ class _Pass:
     def _invert(self) -> None:
         """C from the hessian of what is left."""
         left = self.hessian[self.columns][:, self.columns]
-        self.spread = inverse(left, share=0, where=self.where)
+        self.spread = inverse(left, share=0, where=self.where, in_place=True)
         m = len(self.names)
         grid = torch.arange(m * self.size, device=left.device).view(m, self.size)
         self.blocks = self.spread[grid[:, :, None], grid[:, None]]

@@ -24,7 +24,7 @@ from ..core.select import top_across
 from ..core.units import Group, WeightGroup
 from .magnitude import block_groups
 from .masking import Masks
-from .scope import canonical_names, divided_weights, prunable_weights
+from .scope import canonical_names, divided_weights, input_axes, prunable_weights
 from .soft import Entries, SoftWeights, Temperature, Units, refuse_broken
 
 __all__ = ["PDP", "Ramp", "keep_at"]
@@ -171,7 +171,8 @@ class PDP:
         weights = {} if groups is not None else prunable_weights(model, scope, ignore)
         if self._pattern is not None:
             of = self._pattern.of
-            weights = divided_weights(weights, of, f"a pattern of {of}", all_of_them=scope is not None)
+            axes = input_axes(model, weights)
+            weights = divided_weights(weights, of, f"a pattern of {of}", all_of_them=scope is not None, axes=axes)
         self._groups = tuple(groups) if groups is not None else block_groups(weights, block)
         self._softener = _softener(model, self._groups, heat, self._pattern.of if self._pattern else None)
         self._floors = floor_counts({group.name: group.size for group in self._groups}, floor)
@@ -365,7 +366,8 @@ def _pattern(text: str, groups: Sequence[Group] | None, block: tuple[int, int]) 
 
 def _softener(model: nn.Module, groups: Sequence[Group], temperature: Temperature, of: int | None) -> Entries | Units:
     if all(isinstance(group, WeightGroup) and group.block == (1, 1) for group in groups):
-        return Entries({g.name: g.shape for g in groups if isinstance(g, WeightGroup)}, temperature, of)
+        shapes = {g.name: g.shape for g in groups if isinstance(g, WeightGroup)}
+        return Entries(shapes, temperature, of, {} if of is None else input_axes(model, shapes))
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     units = Units(tuple(groups), shapes, canonical_names(model), temperature)
     bare = [group.name for group in groups if not units.weights(group)]

@@ -3,47 +3,61 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from ..core.errors import ModelError, OptionError, unknown_name
+from ..solvers.stacks import input_axis, is_stack
 
-__all__ = ["canonical_names", "divided_weights", "inputs_first", "is_norm", "prunable_weights"]
+__all__ = ["canonical_names", "divided_weights", "input_axes", "is_norm", "prunable_weights", "stack_names"]
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 # Hugging Face's GPT-2 layer, a Linear with a transposed weight; known by name so that transformers is not imported.
 _LAYER_NAMES = ("Conv1D",)
 # LayerNorm, LlamaRMSNorm, BatchNormAct2d …, but not a NormalizedEmbedding.
 _NORM_NAME = re.compile(r"Norm(?!al)")
+# What peft calls the matrices of its adapters.
+_ADAPTERS = frozenset({"lora_A", "lora_B"})
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
-def inputs_first(model: nn.Module, names: Iterable[str]) -> frozenset[str]:
-    """Those of the weights called `names` that are matrices [inputs, outputs]: of Hugging Face's `Conv1D`."""
-    return frozenset(n for n in names if type(model.get_submodule(n.rpartition(".")[0])).__name__ in _LAYER_NAMES)
+def input_axes(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
+    """The axis of the inputs of each weight called `names`: 1, but 0 in Hugging Face's `Conv1D`.
+
+    Of stacked experts see `solvers.stacks.input_axis`.
+    """
+    stacks = stack_names(model)
+
+    def axis(name: str) -> int:
+        if name in stacks:
+            return input_axis(model, name)
+        return int(type(model.get_submodule(name.rpartition(".")[0])).__name__ not in _LAYER_NAMES)
+
+    return {name: axis(name) for name in names}
+
+
+def stack_names(model: nn.Module) -> frozenset[str]:
+    """The first names of the parameters that hold stacked experts; see `solvers.stacks`."""
+    return frozenset(n for n, layer in _candidates(model) if not layer and is_stack(model.get_parameter(n)))
 
 
 def divided_weights(
-    weights: Mapping[str, nn.Parameter],
-    of: int,
-    asked: str,
-    *,
-    all_of_them: bool,
-    turned: Collection[str] = (),
+    weights: Mapping[str, nn.Parameter], of: int, asked: str, *, all_of_them: bool, axes: Mapping[str, int]
 ) -> dict[str, nn.Parameter]:
     """Those weights whose inputs are runs of `of`, as a pattern N:M needs them.
 
     Args:
         asked: the pattern in words, for the error.
-        turned: names of those whose inputs are the first axis; see `inputs_first`.
+        axes: of the inputs of each; see `input_axes`.
         all_of_them: whether each must be, since somebody named them.
 
     Raises:
         OptionError: none is, or not all are; it names the first that is not.
     """
-    inputs = {name: w.shape[0 if name in turned else 1] for name, w in weights.items()}
+    inputs = {name: w.shape[axes[name]] for name, w in weights.items()}
     fitting = {name: w for name, w in weights.items() if inputs[name] % of == 0}
     if not fitting or (all_of_them and len(fitting) < len(weights)):
         wrong = next(name for name in weights if name not in fitting)
@@ -52,7 +66,11 @@ def divided_weights(
 
 
 def prunable_weights(
-    model: nn.Module, scope: str | Sequence[str] | None = None, ignore: str | Sequence[str] = ()
+    model: nn.Module,
+    scope: str | Sequence[str] | None = None,
+    ignore: str | Sequence[str] = (),
+    *,
+    stacks: bool = False,
 ) -> dict[str, nn.Parameter]:
     """The weights to prune by qualified name, in the model's order; a tied parameter occurs once, by its first name.
 
@@ -66,12 +84,14 @@ def prunable_weights(
             matches none of them chooses any other parameter with two or more axes: an embedding, an expert, a
             position table.
         ignore: patterns of the same kind for weights to leave out.
+        stacks: whether stacked experts count as weights of layers.
 
     Raises:
         OptionError: a pattern that matches nothing; the nearest names are listed.
         ModelError: nothing is left to prune, or a chosen parameter has no shape yet.
     """
     found = dict(_candidates(model))
+    found |= dict.fromkeys(stack_names(model) if stacks else (), True)
     layers = [name for name, is_layer in found.items() if is_layer]
     others = [name for name, is_layer in found.items() if not is_layer]
     aliases = _aliases(model)
@@ -80,15 +100,41 @@ def prunable_weights(
         chosen = {name for pattern in _patterns(scope) for name in _matching(pattern, layers, others, aliases)}
     chosen -= {name for pattern in _patterns(ignore) for name in _matching(pattern, layers, others, aliases)}
     weights = {name: parameter for name, parameter in model.named_parameters() if name in chosen}
+    integers = _integer_layers(model)
     if not weights:
+        held = f" ({integers[0]} holds integers: prune before quantising)" if integers else ""
         raise ModelError(
             f"nothing to prune in {type(model).__name__}: no convolution, linear, attention or recurrent weight "
-            "is in the scope; widen scope= or shorten ignore=."
+            f"is in the scope; widen scope= or shorten ignore={held}."
+        )
+    if integers and scope is None:
+        warnings.warn(
+            f"{_some(integers)} held as integers, as quantised layers are, and cannot be pruned, so nothing goes of "
+            "them: prune before quantising.",
+            stacklevel=3,
+        )
+    adapters = [name for name in weights if not _ADAPTERS.isdisjoint(name.split("."))]
+    if adapters:
+        warnings.warn(
+            f"{_some(adapters)} of an adapter, which is pruned like any layer; merging it later fills the zeros of the "
+            "layer it belongs to: merge first, with merge_and_unload().",
+            stacklevel=3,
         )
     for name, parameter in weights.items():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ModelError(f"{name} has no shape yet: run one forward before pruning a model with lazy layers.")
     return weights
+
+
+def _integer_layers(model: nn.Module) -> list[str]:
+    """The names of layers whose weights are integers."""
+    layers = ((name, module) for name, module in model.named_modules() if _is_layer(module))
+    return [name for name, layer in layers if not all(p.is_floating_point() for p in layer.parameters(recurse=False))]
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of `names`, how many more there are, and the verb that follows."""
+    return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -140,11 +140,13 @@ class Entries:
         shapes: of the weights, by name.
         temperature: of the masks.
         of: number of consecutive inputs compared with each other (M of N:M); None for the whole tensor.
+        axes: of the inputs of each weight, by name, where it is not 1; see `scope.input_axes`.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     temperature: Temperature
     of: int | None = None
+    axes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -155,7 +157,7 @@ class Entries:
         return tuple(self.shapes)
 
     def magnitudes(self, raw: Tensors) -> dict[str, Tensor]:
-        return {name: self._rows(_wide(raw[name]).abs()) for name in self.shapes}
+        return {name: self._rows(_wide(raw[name]).abs(), name) for name in self.shapes}
 
     def soften(self, raw: Tensors, borders: Tensors) -> dict[str, Tensor]:
         masks = {name: self._of_squares(soft_mask, raw[name], name, t) for name, t in borders.items()}
@@ -173,19 +175,20 @@ class Entries:
     def _of_squares(
         self, function: Callable[[Tensor, Tensor, Tensor], Tensor], weight: Tensor, name: str, threshold: Tensor
     ) -> Tensor:
-        squares = self._rows(_wide(weight).square())
+        squares = self._rows(_wide(weight).square(), name)
         return self._back(function(squares, threshold, self.temperature(threshold)), name)
 
-    def _rows(self, tensor: Tensor) -> Tensor:
+    def _rows(self, tensor: Tensor, name: str) -> Tensor:
         if self.of is None:
             return tensor.reshape(1, -1)
-        return tensor.movedim(1, -1).reshape(-1, self.of)
+        return tensor.movedim(self.axes.get(name, 1), -1).reshape(-1, self.of)
 
     def _back(self, rows: Tensor, name: str) -> Tensor:
         shape = self.shapes[name]
         if self.of is None:
             return rows.view(shape)
-        return rows.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+        axis = self.axes.get(name, 1)
+        return rows.view(*shape[:axis], *shape[axis + 1 :], shape[axis]).movedim(-1, axis)
 
 
 @dataclass(frozen=True)

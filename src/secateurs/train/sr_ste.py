@@ -19,11 +19,11 @@ from ..core.comparison import Comparison
 from ..core.errors import BudgetError, OptionError
 from .masking import Pull, pack, unpack
 from .pruner import Pruner
-from .scope import divided_weights, inputs_first, prunable_weights
+from .scope import divided_weights, input_axes, prunable_weights
 from .scoring import State
 from .update import Moment, Rule
 
-__all__ = ["SRSTE", "Annealed", "Compared", "Counted", "Every", "Flips", "flips_of", "inputs_first", "straight_through"]
+__all__ = ["SRSTE", "Annealed", "Compared", "Counted", "Every", "Flips", "flips_of", "input_axes", "straight_through"]
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,12 @@ class Compared:
     Args:
         comparison: what is compared, and how many stay.
         norms: by weight name what multiplies |w|, of a shape that broadcasts to the weight's; none for |w| alone.
-        turned: names of matrices that are stored with their inputs first.
+        axes: of the inputs of each weight, by name, where it is not 1; see `scope.input_axes`.
     """
 
     comparison: Comparison
     norms: Mapping[str, Tensor] = field(default_factory=dict)
-    turned: frozenset[str] = frozenset()
+    axes: Mapping[str, int] = field(default_factory=dict)
 
     def init(self, weights: Mapping[str, Tensor]) -> State:
         return {}
@@ -108,12 +108,11 @@ class Compared:
         scores = weight.abs().to(torch.promote_types(weight.dtype, torch.float32))
         if name in self.norms:
             scores = scores * self.norms[name].to(scores.device)
-        if name in self.turned:
-            return self.comparison.keep(scores.T).T
-        if self.comparison.pattern is None:
+        axis = self.axes.get(name, 1)
+        if self.comparison.pattern is None and axis == 1:
             return self.comparison.keep(scores.flatten(1)).view(scores.shape)
-        rows = scores.movedim(1, -1)
-        return self.comparison.keep(rows.flatten(0, -2)).view(rows.shape).movedim(-1, 1)
+        rows = scores.movedim(axis, -1)
+        return self.comparison.keep(rows.flatten(0, -2)).view(rows.shape).movedim(-1, axis)
 
 
 @dataclass(frozen=True)
@@ -183,10 +182,10 @@ def straight_through(
     """
     if every is not None and every < 1:
         raise OptionError(f"masks change every 1 step or more, or never with every=None; got {every}.")
-    turned = inputs_first(model, weights)
+    axes = input_axes(model, weights)
     for name, weight in weights.items():
-        comparison.check(weight.T if name in turned else weight, name)
-    rule: Rule = Compared(comparison, norms or {}, turned)
+        comparison.check(weight.movedim(axes[name], 1), name)
+    rule: Rule = Compared(comparison, norms or {}, axes)
     schedule = Every(comparison.removed, every, until)
     return Pruner(
         model, optimizer, schedule, Counted(rule) if counted else rule, weights, revive="straight-through", pull=pull,
@@ -238,8 +237,8 @@ def SRSTE(
     if chosen is None:
         raise BudgetError(f"SR-STE needs a pattern such as '2:4', got {pattern!r}.")
     weights = prunable_weights(model, scope, ignore)
-    turned = inputs_first(model, weights)
-    fitting = divided_weights(weights, chosen.of, str(chosen), all_of_them=scope is not None, turned=turned)
+    axes = input_axes(model, weights)
+    fitting = divided_weights(weights, chosen.of, str(chosen), all_of_them=scope is not None, axes=axes)
     comparison = Comparison.of(chosen)
     return straight_through(model, optimizer, fitting, comparison, pull=pull, every=every, debug=debug)
 

@@ -16,9 +16,9 @@ from secateurs.core.budget import Budget
 from secateurs.core.comparison import Comparison
 from secateurs.core.errors import BudgetError, DataError, ModelError, OptionError
 from secateurs.core.state import read_state
-from secateurs.in_layers import layers_to_solve
 from secateurs.methods.language.d_pruner import DPruner, dual_importance, general_importance, masks_of
 from secateurs.recover.finetune import fine_tune
+from secateurs.to_solve import layers_to_solve
 
 INPUTS = torch.zeros(2, 8)
 

@@ -213,6 +213,14 @@ def test_prune_finds_it_by_name_and_reports_what_was_measured() -> None:
     assert made.report.after.latency is not None
     assert set(made.report.seconds) >= {"planning", "timing", "solving", "searching", "cutting", "testing"}
     assert made.report.recipe["criterion_options"]["predicted"] < made.report.recipe["criterion_options"]["whole"]
+    assert made.report.predicted_speedup == predicted_speedup(made.plan) >= 1.2
+    assert made.report.to_dict()["speedup"] is not None
+    assert f"{made.report.predicted_speedup:.2f}× predicted" in made.report.to_text()
+
+
+def test_a_limit_on_something_else_predicts_no_speed() -> None:
+    made = ziplm(small(), torch.ones(2, 8), "params<=90%", data=batches(), options=FEW, measure=False)
+    assert made.report.predicted_speedup is None
 
 
 def test_other_decisions_are_refused() -> None:

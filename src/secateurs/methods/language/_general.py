@@ -84,7 +84,7 @@ def swept(
         hessian, where = subject.inputs.known_hessian, subject.where
         done = sweep(
             subject.weight, hessian, subject.comparison, block=how.block, damping=how.damping, where=where,
-            with_scores=True,
+            with_scores=True, in_place=True,
         )  # fmt: skip
         assert done.scores is not None
         parts[where].append(done.scores)

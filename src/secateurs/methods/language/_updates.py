@@ -6,13 +6,19 @@ from typing import Literal
 
 from torch import Tensor
 
-from ...in_layers import Subject
+from ...in_layers import Subject, Workspace
 from ...solvers import Solved, admm, least_squares, sparsegpt
 
-__all__ = ["UPDATES", "Update", "updated"]
+__all__ = ["UPDATES", "WORKSPACES", "Update", "updated"]
 
 Update = Literal["none", "obs", "admm", "least-squares"]
 UPDATES: tuple[Update, ...] = ("none", "obs", "admm", "least-squares")
+WORKSPACES: dict[Update, Workspace] = {
+    "none": Workspace(),
+    "obs": Workspace(weight=16, product=1),
+    "admm": Workspace(weight=60, product=24),
+    "least-squares": Workspace(weight=24, product=24, fixed=448 * 2**20),
+}
 
 
 def updated(subject: Subject, mask: Tensor, how: Update) -> Solved:
@@ -25,7 +31,7 @@ def updated(subject: Subject, mask: Tensor, how: Update) -> Solved:
     weight, where = subject.weight, subject.where
     match how:
         case "obs":
-            return sparsegpt(weight, subject.inputs.known_hessian, mask=mask, where=where)
+            return sparsegpt(weight, subject.inputs.known_hessian, mask=mask, where=where, in_place=True)
         case "admm":
             return admm(weight, subject.inputs.known_hessian, None, mask=mask, where=where)
         case "least-squares":

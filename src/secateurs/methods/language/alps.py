@@ -21,7 +21,7 @@ from torch import nn
 from ...core.budget import Budget
 from ...core.catalogue import Method, method
 from ...core.comparison import Within
-from ...in_layers import LayerSolver, Subject, prune_with
+from ...in_layers import LayerSolver, Subject, Workspace, prune_with
 from ...pruning import Pruned
 from ...solvers import BlockDone, Propagate, Solved
 from ...solvers import alps as best_support
@@ -56,7 +56,8 @@ class Alps:
     @property
     def solver(self) -> LayerSolver:
         """What is done to a matrix."""
-        return LayerSolver("alps", partial(_solve, how=self), full=True, within=self.within)
+        workspace = Workspace(weight=52, product=36)
+        return LayerSolver("alps", partial(_solve, how=self), full=True, within=self.within, workspace=workspace)
 
 
 def alps(

@@ -43,7 +43,6 @@ from ...core.budget import Budget
 from ...core.catalogue import Method, method
 from ...core.comparison import Comparison
 from ...core.errors import BudgetError
-from ...in_layers import layers_to_solve
 from ...in_training import Session, prune_by_training
 from ...pruning import FineTune, Pruned
 from ...recover.booster import boost, fold
@@ -52,8 +51,9 @@ from ...recover.distill import Distillation
 from ...recover.finetune import one_pass
 from ...solvers import from_matrix, grams_of, to_matrix, weight_of
 from ...solvers.layerwise import seen_of
+from ...to_solve import layers_to_solve
 from ...train.pruner import Pruner
-from ...train.sr_ste import Annealed, Compared, Flips, flips_of, inputs_first, straight_through
+from ...train.sr_ste import Annealed, Compared, Flips, flips_of, input_axes, straight_through
 from ..parameters import Between, OneOf, Switch, check
 
 __all__ = ["METHOD", "Ast", "ast", "first_masks", "input_norms"]
@@ -173,7 +173,7 @@ def first_masks(
     model: nn.Module, names: Sequence[str], comparison: Comparison, norms: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """What stays of the weights called `names` at the start."""
-    rule = Compared(comparison, norms, inputs_first(model, names))
+    rule = Compared(comparison, norms, input_axes(model, names))
     return {name: rule.keep(name, model.get_parameter(name).detach()) for name in names}
 
 

@@ -58,7 +58,6 @@ from ...core.finite import all_finite
 from ...core.state import read_state, write_state
 from ...criteria.face import check_finite
 from ...graph.plan import digest
-from ...in_layers import layers_to_solve
 from ...planning import batches_of, plan_of_masks, recipe_of
 from ...pruning import FineTune, Pruned, completed
 from ...recover.context import seeded
@@ -67,6 +66,7 @@ from ...running import Clock, Stage, claim
 from ...solvers import BlockDone, Propagate, from_matrix, to_matrix, weight_of
 from ...solvers.ranks import first
 from ...summary import Findings, quality_of
+from ...to_solve import layers_to_solve
 from ...train.dual import DualImportance, Form, Sums, combined, keep_by_blocks
 from ..parameters import Between, OneOf, check
 from ._general import Sweep, check_general, swept, totals
@@ -338,7 +338,7 @@ def masks_of(
 
     Args:
         scores: by name of the weight, in its shape.
-        layers: by name of the module, what goes of it; `in_layers.layers_to_solve` gives it.
+        layers: by name of the module, what goes of it; `to_solve.layers_to_solve` gives it.
         blocks: see `DPruner`.
     """
     silent = [layer for layer in layers if not bool(scores[weight_of(layer)].any())]

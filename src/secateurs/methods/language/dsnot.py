@@ -22,7 +22,7 @@ from torch import nn
 from ...core.budget import Budget
 from ...core.catalogue import Method, method
 from ...core.comparison import Within
-from ...in_layers import LayerSolver, Subject, prune_with
+from ...in_layers import LayerSolver, Subject, Workspace, prune_with
 from ...pruning import Pruned
 from ...solvers import BlockDone, Propagate, Solved, wanda_scores
 from ...solvers import dsnot as refined
@@ -57,7 +57,7 @@ class DSnoT:
     @property
     def solver(self) -> LayerSolver:
         """What is done to a matrix."""
-        return LayerSolver("dsnot", partial(_solve, how=self), within=self.within)
+        return LayerSolver("dsnot", partial(_solve, how=self), within=self.within, workspace=Workspace(weight=80))
 
 
 def dsnot(

@@ -22,7 +22,7 @@ from torch import nn
 from ...core.budget import Budget
 from ...core.catalogue import Method, method
 from ...core.comparison import Within
-from ...in_layers import LayerSolver, Subject, prune_with
+from ...in_layers import LayerSolver, Subject, Workspace, prune_with
 from ...pruning import Pruned
 from ...solvers import BlockDone, Propagate, Solved
 from ...solvers import exact_obs as greedy
@@ -51,7 +51,8 @@ class ExactOBS:
     @property
     def solver(self) -> LayerSolver:
         """What is done to a matrix."""
-        return LayerSolver("exact-obs", partial(_solve, how=self), full=True, within=self.within)
+        workspace = Workspace(weight=48, product=24, fixed=320 * 2**20)
+        return LayerSolver("exact-obs", partial(_solve, how=self), full=True, within=self.within, workspace=workspace)
 
 
 def exact_obs(

@@ -25,6 +25,7 @@ from ...in_layers import LayerSolver, Subject, prune_with
 from ...pruning import Pruned
 from ...solvers import BlockDone, Propagate, Solved, admm
 from ..parameters import Between, OneOf, Switch, check
+from ._updates import WORKSPACES
 
 __all__ = ["METHOD", "LAdmm", "l_admm"]
 
@@ -55,7 +56,8 @@ class LAdmm:
     @property
     def solver(self) -> LayerSolver:
         """What is done to a matrix."""
-        return LayerSolver("l-admm", partial(_solve, how=self), full=True, within=self.within)
+        workspace = WORKSPACES["admm"]
+        return LayerSolver("l-admm", partial(_solve, how=self), full=True, within=self.within, workspace=workspace)
 
 
 def l_admm(

@@ -16,7 +16,7 @@ only, for which a runtime must gather its inputs, and what is saved here is in t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -29,7 +29,7 @@ from ...in_layers import LayerSolver, Subject, prune_with
 from ...pruning import Pruned
 from ...solvers import BlockDone, Propagate, Solved, channel_order, relative_importance
 from ..parameters import Between, OneOf, check
-from ._updates import UPDATES, Update, updated
+from ._updates import UPDATES, WORKSPACES, Update, updated
 
 __all__ = ["METHOD", "Ria", "ria"]
 
@@ -58,7 +58,11 @@ class Ria:
     @property
     def solver(self) -> LayerSolver:
         """What is done to a matrix."""
-        return LayerSolver("ria", partial(_solve, how=self), full=self.update != "none", within=self.within)
+        own = WORKSPACES[self.update]
+        # The importance stays beside what the update takes, and is there twice in another order.
+        workspace = replace(own, weight=own.weight + 12)
+        full = self.update != "none"
+        return LayerSolver("ria", partial(_solve, how=self), full=full, within=self.within, workspace=workspace)
 
 
 def ria(

@@ -30,6 +30,7 @@ from ...pruning import Pruned
 from ...solvers import BlockDone, Propagate, Solved
 from ...solvers import sparsegpt as sweep
 from ..parameters import Between, OneOf, Switch, check
+from ._updates import WORKSPACES
 
 __all__ = ["METHOD", "SparseGPT", "sparsegpt"]
 
@@ -56,7 +57,7 @@ class SparseGPT:
     @property
     def solver(self) -> LayerSolver:
         """What is done to a matrix."""
-        return LayerSolver("sparsegpt", partial(_solve, how=self), full=True)
+        return LayerSolver("sparsegpt", partial(_solve, how=self), full=True, workspace=WORKSPACES["obs"])
 
 
 def sparsegpt(
@@ -73,8 +74,10 @@ def sparsegpt(
 
 
 def _solve(subject: Subject, how: SparseGPT) -> Solved:
-    hessian = subject.inputs.known_hessian
-    return sweep(subject.weight, hessian, subject.comparison, block=how.block, damping=how.damping, where=subject.where)
+    return sweep(
+        subject.weight, subject.inputs.known_hessian, subject.comparison, block=how.block, damping=how.damping,
+        where=subject.where, in_place=True,
+    )  # fmt: skip
 
 
 METHOD = method(

@@ -28,7 +28,7 @@ from ...in_layers import LayerSolver, Subject, prune_with
 from ...pruning import Pruned
 from ...solvers import BlockDone, Propagate, Solved, wanda_scores
 from ..parameters import OneOf, check
-from ._updates import UPDATES, Update, updated
+from ._updates import UPDATES, WORKSPACES, Update, updated
 
 __all__ = ["METHOD", "Wanda", "wanda"]
 
@@ -53,7 +53,8 @@ class Wanda:
     @property
     def solver(self) -> LayerSolver:
         """What is done to a matrix."""
-        return LayerSolver("wanda", partial(_solve, how=self), full=self.update != "none", within=self.within)
+        full, workspace = self.update != "none", WORKSPACES[self.update]
+        return LayerSolver("wanda", partial(_solve, how=self), full=full, within=self.within, workspace=workspace)
 
 
 def wanda(
@@ -70,8 +71,9 @@ def wanda(
 
 
 def _solve(subject: Subject, how: Wanda) -> Solved:
-    scores = wanda_scores(subject.weight, subject.inputs.norm)
-    return updated(subject, subject.comparison.keep(scores), how.update)
+    # The scores are gone before the weights are moved.
+    mask = subject.comparison.keep(wanda_scores(subject.weight, subject.inputs.norm))
+    return updated(subject, mask, how.update)
 
 
 METHOD = method(

@@ -123,8 +123,8 @@ def ziplm(
 ) -> Pruned:
     """A copy of `model` that takes as little time as asked, on this machine and for inputs like the example's.
 
-    The plan's recipe has the predicted cost beside that of the whole model (`predicted_speedup`); the report has what
-    was measured. The plan does not hold the solved weights: save the result.
+    The plan's recipe has the predicted cost beside that of the whole model (`predicted_speedup`); of a limit on time
+    the report has it beside what was measured. The plan does not hold the solved weights: save the result.
 
     Args:
         model: a transformer; any model in which one matrix reads each width.
@@ -167,6 +167,8 @@ def ziplm(
         if folder is not None:
             write_state(folder / _WEIGHTS, weights, "weights")
             decided.save(folder / _PLAN)
+    if decided.recipe.criterion_options["metric"] in ("speedup", "latency"):
+        notes.predicted_speedup = predicted_speedup(decided)
     with clock("cutting"):
         made, notes.proof = decided.proven_cut(twin(model, weights))
     if tests is not None:
