@@ -2,8 +2,8 @@
 
 They are no dependency: `pip install --no-deps torch-pruning==1.6.1 torch-kirigami==0.2.1`, and what is not installed is
 left out. `python -m benchmarks.rivals COLLECTION [NAME…]` runs torchvision (one model a family) or huggingface; a run
-of some models replaces only their rows. Each attempt has a process of its own and 30 s (`--limit`), since some never
-end. The verdict is that of `benchmarks.architectures`, but for the proof, which only secateurs has.
+of some models replaces only their rows. Each attempt has a process of its own and 30 s of the processor (`--limit`),
+since some never end. The verdict is that of `benchmarks.architectures`, but for the proof, which only secateurs has.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import re
 import resource
+import signal
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -215,23 +216,24 @@ def attempted(attempt: Attempt, entry: Entry) -> str:
 
 def _child(attempt: Attempt, entry: Entry, limit: int, answer: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    # Should this process outlive its parent, it still ends.
-    resource.setrlimit(resource.RLIMIT_CPU, (2 * limit, 2 * limit))
+    # Time of the processor, which is as long on a busy machine; should this process outlive its parent, it still ends.
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, 2 * limit))
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
         answer.send(attempted(attempt, entry))
 
 
 def apart(attempt: Attempt, entry: Entry, limit: int) -> str:
-    """`attempted` in a process of its own, ended after `limit` seconds."""
+    """`attempted` in a process of its own, ended after `limit` seconds of the processor, or ten times as many."""
     processes = multiprocessing.get_context("fork")
     ours, theirs = processes.Pipe(duplex=False)
     child = processes.Process(target=_child, args=(attempt, entry, limit, theirs))
     child.start()
     theirs.close()
     try:
-        return str(ours.recv()) if ours.poll(limit) else f"takes more than {limit} s"
+        return str(ours.recv()) if ours.poll(10 * limit) else f"takes more than {limit} s"
     except EOFError:
-        return "ended its process"
+        child.join()
+        return f"takes more than {limit} s" if child.exitcode == -signal.SIGXCPU else "ended its process"
     finally:
         child.kill()
         child.join()
@@ -282,7 +284,7 @@ def _save(collection: str, rows: Sequence[tuple[str, ...]], limit: int, show: bo
         note="Torch-Pruning 1.6.1 is always told which layer gives the output; where head counts are given, they are "
         "also set anew in the attention modules after the cut, and where halving the heads fails, halving each head is "
         "tried. torch-kirigami 0.2.1 is asked for half of each width, and where that fails, for three quarters of the "
-        f"parameters. {limit} s and {MEMORY >> 30} GiB a try.",
+        f"parameters. {limit} s of the processor and {MEMORY >> 30} GiB a try.",
         command=f"python -m benchmarks.rivals {collection}",
         show=show,
     )
@@ -293,7 +295,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("collection", choices=("torchvision", "huggingface"))
     parser.add_argument("names", nargs="*", metavar="NAME", help="models; default: all")
-    parser.add_argument("--limit", type=int, default=30, metavar="SECONDS", help="for each attempt; default 30")
+    parser.add_argument("--limit", type=int, default=30, metavar="SECONDS", help="a try; default 30")
     asked = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
