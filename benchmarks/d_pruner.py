@@ -20,9 +20,9 @@ from benchmarks.record import holds, mean_std, record
 from secateurs import prune
 from secateurs.core.budget import Budget
 from secateurs.graph.plan import ModelPlan
-from secateurs.in_layers import layers_to_solve
 from secateurs.measure.quality import evaluate
 from secateurs.methods.language.d_pruner import DPruner, general_importance, masks_of
+from secateurs.to_solve import layers_to_solve
 from tests.support.torchvision_shim import declare_missing_ops
 
 SEEDS = (0, 1, 2)

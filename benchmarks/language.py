@@ -14,7 +14,7 @@ from benchmarks.record import holds, record
 from benchmarks.stories import labelled, model, windows
 from secateurs import prune
 from secateurs.core.budget import Budget
-from secateurs.in_layers import LayerSolver, Subject, layers_to_solve, prune_in_layers, solve_layers
+from secateurs.in_layers import LayerSolver, Subject, prune_in_layers, solve_layers
 from secateurs.methods.language.alps import Alps
 from secateurs.methods.language.dsnot import DSnoT
 from secateurs.methods.language.exact_obs import ExactOBS
@@ -24,6 +24,7 @@ from secateurs.methods.language.ria import Ria
 from secateurs.methods.language.sparsegpt import SparseGPT
 from secateurs.methods.language.wanda import Wanda
 from secateurs.solvers import Gathering, Solved, least_squares, sparsegpt
+from secateurs.to_solve import layers_to_solve
 
 BUDGETS = ("sparsity=50%", "sparsity=60%", "sparsity=70%", "2:4", "4:8")
 DATA = "stories260k on text/tinystories.txt, windows of 128 tokens: 128 for calibration, 128 others for perplexity"

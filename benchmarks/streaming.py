@@ -176,8 +176,8 @@ def main() -> None:
         ),
         rows=rows,
         data="random weights in bfloat16, computed in float32; 16 sequences of 128 random tokens",
-        note="Peak resident memory beyond that of the imports. The bound counts blocks and embeddings in float32. A "
-        "solver holds the Hessian of one layer in float64 four times: itself, damped, turned round, and factored.",
+        note="Peak resident memory beyond that of the imports. The bound counts blocks and embeddings in float32. "
+        "SparseGPT works in the one float64 matrix that holds the Hessian of its layer.",
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import secateurs as sec
 from secateurs import planning
@@ -411,3 +412,57 @@ def test_a_plan_with_something_missing_is_refused(tmp_path: Path, entry: str) ->
 
 def test_the_plan_of_the_first_face_is_this_one() -> None:
     assert sec.plan is plan
+
+
+# -- what users try ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("word", sorted(planning._OTHER_WORDS))
+def test_the_words_of_others_lead_to_the_granularity_here(word: str) -> None:
+    with pytest.raises(OptionError, match=rf"unknown granularity '{word}'; here it is called '\w+'\."):
+        Granularity.parse(word)
+    assert Granularity.parse(planning._OTHER_WORDS[word])
+
+
+def test_layers_that_cannot_go_anyway_may_be_ignored() -> None:
+    model = nn.Sequential(Net(), nn.Linear(5, 4))
+    free = plan(model, IMAGES, "sparsity=50%")
+    assert plan(model, IMAGES, "sparsity=50%", ignore="1.bias").counts == free.counts
+    with pytest.raises(OptionError, match=r"unknown pattern '2\.bias'"):
+        plan(model, IMAGES, "sparsity=50%", ignore="2.bias")
+    with pytest.raises(OptionError, match=r"unknown pattern 'Net\*'"):
+        plan(model, IMAGES, "sparsity=50%", scope="Net*")
+
+
+def test_a_plan_of_a_wrapped_model_is_that_of_the_model_inside() -> None:
+    model = Net()
+    made = plan(nn.DataParallel(torch.compile(model)), IMAGES, "macs<=50%")
+    assert made.fingerprint == plan(model, IMAGES, "macs<=50%").fingerprint
+    assert bits(made.cut(torch.compile(model))) == bits(made.cut(model))
+    assert bits(made.mask(nn.DataParallel(model))) == bits(made.mask(model))
+    assert made.masks(torch.compile(model)).keys() == made.masks(model).keys()
+    made.check(torch.compile(model), values=True)
+
+
+def test_samples_and_tensors_are_no_batches() -> None:
+    for one in (IMAGES, {"x": IMAGES}):
+        with pytest.raises(DataError, match=rf"got one {type(one).__name__}; put a single batch in a list"):
+            batches_of(one)
+    with pytest.raises(DataError, match=r"the single samples of a TensorDataset; use a DataLoader"):
+        batches_of(TensorDataset(IMAGES))
+    loader = DataLoader(TensorDataset(IMAGES))
+    assert batches_of(loader) is loader
+
+
+def test_of_a_quantized_model_the_order_is_said() -> None:
+    class Linear(nn.Module):
+        """In the manner of PyTorch's, whose weights are no parameters."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ torch.ones(8, 4)
+
+    Linear.__module__ = "torch.ao.nn.quantized.dynamic.modules.linear"
+    with pytest.raises(ModelError, match=r"its layers are quantized; prune first, then quantize\."):
+        plan(nn.Sequential(Linear()), torch.ones(1, 8), "macs<=50%")
+    with pytest.raises(ModelError, match=r"no layer has a free width\."):
+        plan(nn.Sequential(nn.ReLU()), torch.ones(1, 8), "macs<=50%")

@@ -562,6 +562,14 @@ def test_the_catalogue_is_opened_by_the_first_name(monkeypatch: pytest.MonkeyPat
     assert prune(net(), "sparsity=75%", method="random-pruning").plan.recipe.criterion == "random"
 
 
+@pytest.mark.parametrize(("method", "units"), [("flap", "head and channel"), ("cfsp", "neuron")])
+def test_a_pattern_is_no_budget_of_a_method_that_cuts(method: str, units: str) -> None:
+    with pytest.raises(
+        BudgetError, match=f"^2:4 is a pattern of single weights, and {method} removes {units} units: ask"
+    ):
+        prune(net(), "2:4", method=method, data=batches())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -751,3 +759,37 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str, options: dict[
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(FileError, match=rf"{name} cannot be read"):
         prune(net(), checkpoint=tmp_path, **run)
+
+
+# -- what users try ----------------------------------------------------------------------------------------------------
+
+
+def test_an_option_that_is_not_there_is_refused_with_the_nearest() -> None:
+    with pytest.raises(OptionError, match=r"unknown option 'criteron'; the nearest are criterion"):
+        prune(net(), criteron="taylor")
+
+
+@pytest.mark.parametrize("recover", [True, 5, "yes"])
+def test_recovery_is_a_recipe(recover: Any) -> None:
+    with pytest.raises(OptionError, match=rf"takes a FineTune, such as sec\.FineTune\(epochs=10\), got {recover!r}\."):
+        prune(net(), recover=recover, data=batches())
+
+
+def test_of_a_wrapped_model_the_one_inside_is_pruned_and_saved(tmp_path: Path) -> None:
+    model = net()
+    expected = state(prune(model).model)
+    cut = prune(torch.compile(nn.DataParallel(model)))
+    assert type(cut.model) is nn.Sequential
+    assert state(cut.model) == expected
+    cut.save(tmp_path / "smaller")
+    assert state(sec.load(tmp_path / "smaller").model) == expected
+    wrapped = nn.DataParallel(model)
+    prune(wrapped, inplace=True)
+    assert state(wrapped.module) == expected
+
+
+def test_a_checkpoint_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "run"
+    file.write_text("")
+    with pytest.raises(OptionError, match=r"checkpoint= is a folder, and .*run is a file; give another\."):
+        prune(net(), checkpoint=file)

@@ -113,9 +113,9 @@ def test_statistics_are_measured_again_where_there_is_data() -> None:
 def test_time_is_a_share_of_the_unpruned_models(monkeypatch: pytest.MonkeyPatch) -> None:
     model, widths = net(), []
 
-    def compare(models: dict[str, nn.Module], inputs: Tensor) -> dict[str, Any]:
+    def compare(models: dict[str, nn.Module], inputs: dict[str, Tensor]) -> dict[str, Any]:
         assert models["before"] is model
-        assert inputs is X
+        assert inputs["before"] is inputs["after"] is X
         widths.append(models["after"][0].out_features)
         return {"after": SimpleNamespace(speedup=SimpleNamespace(median=2.5))}
 

@@ -12,13 +12,17 @@ from torch import Tensor, nn
 
 from .core.depth import LayerGroup
 from .core.errors import ModelError
+from .core.experts import ExpertGroup
+from .core.ids import recoded
 from .core.pq import fewest, pq_index
+from .core.select import top
 from .core.units import ChannelGroup, WeightGroup
+from .core.wrapped import unwrapped
 from .criteria.face import check_finite, score
-from .graph.cut import cut
+from .graph.cut import AnyStructure, cut
 from .graph.depth import infer_layers
+from .graph.experts import infer_experts
 from .graph.infer import infer
-from .graph.layers import LayerStructure
 from .graph.structure import Frozen, Structure
 from .measure.latency import compare, layer_times
 from .measure.macs import macs_by_module
@@ -64,17 +68,21 @@ def inspect(
     >>> [(g.name, g.readers, g.params_per_unit) for g in inspect(net, torch.ones(1, 8)).groups]
     [('0', ('2',), 13)]
     """
+    model = unwrapped(model)
     unit = Granularity.parse(granularity)
     called = type(model).__name__ if name is None else name
     shares = _shares(model, example_inputs) if timed else {}
     if not unit.kinds:
         found = _of_weights(model, called, layer_table(model, example_inputs), unit.block, shares)
         return _with_index(found, _of_entries(model, found.groups, unit.block))
-    structure: Structure | LayerStructure
+    structure: AnyStructure
     if unit.kinds == ("layer",):
         structure = infer_layers(model, example_inputs, macs_by_module(model, example_inputs))
     else:
         structure = infer(model, example_inputs, kinds=unit.kinds, entangled=unit.entangled)
+    if unit.kinds == ("expert",) and not structure.groups:
+        experts = infer_experts(model, example_inputs, lambda m: sum(macs_by_module(m, example_inputs).values()))
+        structure = experts if experts.groups else structure
     spent = {g.name: unit_time(model, structure, g, example_inputs, seconds=seconds) for g in structure.groups if timed}
     found = _of_units(model, called, _rows(model, example_inputs, structure), structure, shares, spent)
     return _with_index(found, _of_channels(model, structure.groups))
@@ -82,8 +90,8 @@ def inspect(
 
 def unit_time(
     model: nn.Module,
-    structure: Structure | LayerStructure,
-    group: ChannelGroup | LayerGroup,
+    structure: AnyStructure,
+    group: ChannelGroup | LayerGroup | ExpertGroup,
     example_inputs: Any,
     *,
     seconds: float = 0.5,
@@ -97,13 +105,16 @@ def unit_time(
         seconds: to spend on timed runs of each of the two.
     """
     multiple = group.multiple if isinstance(group, ChannelGroup) else 1
-    kept = -(-((group.size + 1) // 2) // multiple) * multiple
+    stays = torch.tensor(getattr(group, "stays", ()), dtype=torch.long)
+    kept = max(-(-((group.size + 1) // 2) // multiple) * multiple, len(stays))
     removed = group.size - kept
     if removed < 1:
         return None
-    keep = torch.arange(group.size) < kept
+    keep = top(torch.zeros(group.size).index_fill(0, stays, 1.0), kept)
     pair = {"whole": model, "half": cut(model, structure, {group.name: keep})}
-    found = compare(pair, example_inputs, seconds=seconds, warmup=2)
+    ids = structure.kept_ids({group.name: keep}) if isinstance(structure, Structure) else {}
+    inputs = {"whole": example_inputs, "half": recoded(example_inputs, ids)}
+    found = compare(pair, inputs, seconds=seconds, warmup=2)
     whole, faster = found["whole"].median, found["half"].speedup
     if faster is None:
         return None
@@ -126,7 +137,9 @@ def _of_entries(model: nn.Module, groups: Iterable[UnitGroup], block: tuple[int,
     return {name: _spread(units[name].lift({name: weight.abs()})[name]) for name, weight in weights.items()}
 
 
-def _of_channels(model: nn.Module, groups: Iterable[ChannelGroup | LayerGroup]) -> dict[str, tuple[float, int]]:
+def _of_channels(
+    model: nn.Module, groups: Iterable[ChannelGroup | LayerGroup | ExpertGroup]
+) -> dict[str, tuple[float, int]]:
     """Index and bound of the magnitudes of each group's channels; none where these cannot be told."""
     channels = [group for group in groups if isinstance(group, ChannelGroup)]
     if not channels or not _has_numbers(model):
@@ -157,7 +170,7 @@ def _shares(model: nn.Module, example_inputs: Any) -> dict[str, float]:
     return {name: taken / sum(seconds.values()) for name, taken in seconds.items()}
 
 
-def _rows(model: nn.Module, example_inputs: Any, structure: Structure | LayerStructure) -> tuple[LayerRow, ...]:
+def _rows(model: nn.Module, example_inputs: Any, structure: AnyStructure) -> tuple[LayerRow, ...]:
     """The layers in forward order; of a model without values, as they are declared, since its own code may not run."""
     if not any(p.is_meta for p in model.parameters()):
         return layer_table(model, example_inputs)
@@ -177,7 +190,7 @@ def _of_units(
     model: nn.Module,
     name: str,
     rows: Iterable[LayerRow],
-    structure: Structure | LayerStructure,
+    structure: AnyStructure,
     shares: Mapping[str, float],
     spent: Mapping[str, UnitTime | None],
 ) -> Inspection:
@@ -196,9 +209,9 @@ def _of_units(
     )
 
 
-def _made(group: ChannelGroup | LayerGroup) -> set[str]:
+def _made(group: ChannelGroup | LayerGroup | ExpertGroup) -> set[str]:
     """The layers whose outputs, or which as a whole, can go with units of the group."""
-    if isinstance(group, LayerGroup):
+    if isinstance(group, LayerGroup | ExpertGroup):
         return {_layer_of(tensor) for tensor in group.tensors}
     return {_layer_of(m.tensor) for m in group.members if m.role == "out"}
 
@@ -209,8 +222,8 @@ def _reach(whole: float, left: float) -> float:
 
 def _group(
     model: nn.Module,
-    group: ChannelGroup | LayerGroup,
-    structure: Structure | LayerStructure,
+    group: ChannelGroup | LayerGroup | ExpertGroup,
+    structure: AnyStructure,
     shares: Mapping[str, float],
     spent: UnitTime | None,
 ) -> UnitGroup:
@@ -237,10 +250,10 @@ def _group(
 
 
 def _roles(
-    model: nn.Module, group: ChannelGroup | LayerGroup
+    model: nn.Module, group: ChannelGroup | LayerGroup | ExpertGroup
 ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
     """Layers that make the units, that pass them on, and that read them; a layer may do more than one of these."""
-    if isinstance(group, LayerGroup):
+    if isinstance(group, LayerGroup | ExpertGroup):
         return group.blocks, (), ()
     found: dict[str, set[str]] = {}
     for member in group.members:

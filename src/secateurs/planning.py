@@ -12,30 +12,42 @@ from typing import Any
 from torch import Tensor, nn
 
 from .core.allocate import get_allocation
-from .core.batch import Loss, take
+from .core.batch import Loss, check_batches, take
 from .core.budget import Budget
 from .core.cost import CostModel, Monomial
 from .core.dims import Atom
 from .core.errors import BudgetError, ModelError, OptionError, unknown_name
+from .core.ids import recoded
 from .core.plan import Recipe, decide
-from .core.select import top
-from .core.units import ChannelGroup, Group, WeightGroup
+from .core.scope import in_scope, listed
+from .core.select import staying_first, top
+from .core.units import Group, WeightGroup
+from .core.wrapped import unwrapped
 from .criteria import get_criterion, score
-from .graph.cut import cut
+from .graph.cut import AnyStructure, cut
 from .graph.depth import infer_layers
+from .graph.experts import infer_experts
 from .graph.infer import infer
 from .graph.layers import LayerStructure
+from .graph.mixtures import ExpertStructure
 from .graph.plan import ModelPlan, digest
 from .graph.structure import Structure, fingerprint
 from .measure.latency import latency
 from .measure.macs import macs_by_module
 from .measure.params import bytes_in_memory, parameters
 from .recover.context import seeded
-from .train.scope import divided_weights, inputs_first, prunable_weights
+from .train.scope import divided_weights, input_axes, prunable_weights
 
 __all__ = ["GRANULARITIES", "Granularity", "batches_of", "in_scope", "plan", "plan_of_masks", "recipe_of", "timer"]
 
-GRANULARITIES = ("channel", "head", "head-size", "width", "expert", "layer", "weight", "block:ROWSxCOLUMNS")
+GRANULARITIES = (
+    "channel", "head", "head-size", "width", "expert", "embedding", "layer", "weight", "block:ROWSxCOLUMNS",
+)  # fmt: skip
+# What others call them.
+_OTHER_WORDS = {
+    "filter": "channel", "neuron": "channel", "structured": "channel", "unstructured": "weight", "element": "weight",
+    "depth": "layer",
+}  # fmt: skip
 _BLOCK = re.compile(r"block:(\d+)x(\d+)")
 # A group that keeps less than this share of its units is warned about, before anything is trained.
 _FEW = 0.05
@@ -69,8 +81,8 @@ class Granularity:
         if text in ("head", "head-size"):
             # The size of a head is in the scale of its products, so its removal is seldom neutral.
             return cls(kinds=(text,), entangled=text == "head-size")
-        if text == "expert":
-            # A router's softmax runs over them, so removing one is never the same as zeroing it.
+        if text in ("expert", "embedding"):
+            # A softmax runs over them, a router's or that of an output layer: to remove one is not to zero it.
             return cls(kinds=(text,), entangled=True)
         if text == "layer":
             return cls(kinds=("layer",))
@@ -78,6 +90,8 @@ class Granularity:
             return cls()
         if match := _BLOCK.fullmatch(text):
             return cls(block=(int(match[1]), int(match[2])))
+        if text in _OTHER_WORDS:
+            raise OptionError(f"unknown granularity {text!r}; here it is called {_OTHER_WORDS[text]!r}.")
         raise unknown_name("granularity", text, GRANULARITIES)
 
 
@@ -88,7 +102,7 @@ def plan(
     *,
     data: Iterable[Any] | None = None,
     loss: Loss | None = None,
-    criterion: str | Callable[..., Any] = "magnitude",
+    criterion: str | Callable[..., Any] | None = None,
     criterion_options: Mapping[str, Any] | None = None,
     allocation: str = "global",
     allocation_options: Mapping[str, Any] | None = None,
@@ -98,27 +112,36 @@ def plan(
     floor: int | float | None = None,
     round_to: int = 1,
     seed: int = 0,
+    keep_ids: Sequence[int] = (),
+    unknown: int | None = None,
 ) -> ModelPlan:
     """What of `model` goes so that `budget` is met; nothing is changed.
 
     Args:
-        model: any module whose forward runs on the example inputs.
+        model: any module whose forward runs on the example inputs; of a wrapped one (see `prune`) the module inside.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keywords.
         budget: as "macs<=50%", "sparsity=90%", "2:4", "latency<=3ms", or several joined with ",".
         data: batches, for criteria that look at activations or gradients; others do not read it.
         loss: `(output, target) -> scalar` for gradients; by default the output's own loss, or cross-entropy.
-        criterion, criterion_options: how units are scored; see `secateurs.criteria`.
+        criterion, criterion_options: how units are scored; see `secateurs.criteria`. Default "magnitude"; for rows of
+            embeddings, where there is data, "token-frequency".
         allocation, allocation_options: how much goes from where; see `secateurs.core.allocate`.
         granularity: "channel" (the default: widths and attention heads whose removal equals zeroing, and where those
             are less than two fifths of the parameters all widths), "head", "head-size", "width" (also those that a
             normalisation runs over, such as the hidden size of a transformer), "expert" (of a mixture of experts, as if
-            the router had never known those that go), "layer" (whole blocks through which a residual stream goes),
+            the router had never known those that go), "embedding" (rows of tables that inputs are looked up in, such as
+            the tokens of a vocabulary; ids get new numbers, see `ModelPlan.recode`, and those in the example inputs
+            stay), "layer" (whole blocks through which a residual stream goes),
             "weight" (the default for N:M), or "block:4x1".
         scope, ignore: patterns of names of layers or parameters to prune, or to leave alone.
         floor: fewest units that stay in a group: a count, or a share. Default 10% of the channels of a group; one
             entry of a weight; no layer, but for one where nothing else is in its container.
         round_to: kept widths are multiples of this number.
         seed: of everything random.
+        keep_ids: of rows of embeddings, ids that stay, such as a tokenizer's `all_special_ids`; those in the example
+            inputs, and those that the model or its config holds, do anyway.
+        unknown: of rows of embeddings, the id that stands for those that were removed where data has them; it stays.
+            Default: none, and data that holds such an id is refused.
 
     Raises:
         BudgetError: the budget cannot be read or met; the message has the nearest that can.
@@ -142,17 +165,23 @@ def plan(
         floor=floor,
         round_to=round_to,
         seed=seed,
+        keep_ids=keep_ids,
+        unknown=unknown,
+        data=data,
     )
+    model = unwrapped(model)
     unit = Granularity.parse(recipe.granularity)
     _check_combination(unit, recipe)
     batches = batches_of(data)
     structure, groups, costs = _units(model, example_inputs, unit, recipe)
+    scored = recipe.criterion if criterion is None else criterion
     # A shuffling loader takes its order from the global random state.
     with seeded(seed, "scoring"):
         scores = score(
-            criterion, model, groups, data=_scoring_data(criterion, batches, example_inputs), loss=loss, seed=seed,
+            scored, model, groups, data=_scoring_data(scored, batches, example_inputs), loss=loss, seed=seed,
             **(criterion_options or {}),
         )  # fmt: skip
+    scores = {g.name: staying_first(scores[g.name], getattr(g, "stays", ())) for g in groups}
     keep = decide(groups, scores, costs, recipe, timer(model, structure, scores, example_inputs))
     return ModelPlan(
         groups=groups,
@@ -192,7 +221,7 @@ def plan_of_masks(model: nn.Module, example_inputs: Any, masks: Mapping[str, Ten
 def recipe_of(
     budget: str | Budget,
     *,
-    criterion: str | Callable[..., Any] = "magnitude",
+    criterion: str | Callable[..., Any] | None = None,
     criterion_options: Mapping[str, Any] | None = None,
     allocation: str = "global",
     allocation_options: Mapping[str, Any] | None = None,
@@ -202,11 +231,16 @@ def recipe_of(
     floor: int | float | None = None,
     round_to: int = 1,
     seed: int = 0,
+    keep_ids: Sequence[int] = (),
+    unknown: int | None = None,
+    data: Any = None,
     **_others: Any,
 ) -> Recipe:
     """The recipe that `plan` follows for these arguments, with every default filled in; data and loss are not in it."""
     asked = Budget.parse(budget)
     granularity = granularity or ("weight" if asked.pattern else "channel")
+    if criterion is None:
+        criterion = "token-frequency" if granularity == "embedding" and data is not None else "magnitude"
     return Recipe(
         budget=asked,
         criterion=criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "function"),
@@ -214,33 +248,36 @@ def recipe_of(
         allocation=allocation,
         allocation_options=dict(allocation_options or {}),
         granularity=granularity,
-        scope=None if scope is None else _listed(scope),
-        ignore=_listed(ignore),
+        scope=None if scope is None else listed(scope),
+        ignore=listed(ignore),
         floor=_floor_of(Granularity.parse(granularity)) if floor is None else floor,
         round_to=round_to,
         seed=seed,
+        keep_ids=tuple(sorted(keep_ids)),
+        unknown=unknown,
     )
 
 
 def _floor_of(unit: Granularity) -> int | float:
     if unit.kinds == ("layer",):
         return 0
-    return 0.1 if unit.kinds else 1
+    return 0.1 if unit.kinds and unit.kinds != ("embedding",) else 1
 
 
 def batches_of(data: Iterable[Any] | None) -> Iterable[Any] | None:
     """`data` as something to go through any number of times; read here only if it is an iterator.
 
     Raises:
-        DataError: it is empty.
+        DataError: it is empty, or holds no batches.
     """
+    check_batches(data)
     if isinstance(data, Iterator) or (data is not None and length_hint(data, 1) == 0):
         return take(data)
     return data
 
 
 def timer(
-    model: nn.Module, structure: Structure | LayerStructure | None, scores: Mapping[str, Tensor], example_inputs: Any
+    model: nn.Module, structure: AnyStructure | None, scores: Mapping[str, Tensor], example_inputs: Any
 ) -> Callable[[Mapping[str, int]], float] | None:
     """A function from kept counts to the measured median seconds of the model cut to them; None if nothing is cut."""
     if structure is None:
@@ -248,7 +285,8 @@ def timer(
 
     def seconds(counts: Mapping[str, int]) -> float:
         keep = {name: top(scores[name], count) for name, count in counts.items()}
-        return latency(cut(model, structure, keep), example_inputs).median
+        ids = structure.kept_ids(keep) if isinstance(structure, Structure) else {}
+        return latency(cut(model, structure, keep), recoded(example_inputs, ids)).median
 
     return seconds
 
@@ -279,7 +317,7 @@ def _scoring_data(criterion: str | Callable[..., Any], batches: Iterable[Any] | 
 
 def _units(
     model: nn.Module, example_inputs: Any, unit: Granularity, recipe: Recipe
-) -> tuple[Structure | LayerStructure | None, tuple[Group, ...], CostModel]:
+) -> tuple[AnyStructure | None, tuple[Group, ...], CostModel]:
     if not unit.kinds:
         groups = _weight_groups(model, unit, recipe)
         return None, groups, _weight_costs(model, example_inputs, groups)
@@ -287,22 +325,56 @@ def _units(
         layers = _layers(model, example_inputs, recipe)
         return layers, layers.groups, layers.costs
     structure = infer(model, example_inputs, kinds=unit.kinds, entangled=unit.entangled)
+    if unit.kinds == ("expert",) and not structure.groups:
+        experts = _experts(model, example_inputs, recipe, structure)
+        return experts, experts.groups, experts.costs
     if recipe.scope is not None or recipe.ignore:
-        structure = structure.restricted(g.name for g in in_scope(structure.groups, recipe.scope, recipe.ignore))
+        present = [name for name, _ in model.named_parameters()]
+        chosen = in_scope(structure.groups, recipe.scope, recipe.ignore, present)
+        structure = structure.restricted(group.name for group in chosen)
+    structure = structure.with_staying(recipe.ids_that_stay)
     if not structure.groups:
-        reasons = "; ".join(dict.fromkeys(_reasons(structure, unit))) or "no layer has a free width"
+        none = (
+            "its layers are quantized; prune first, then quantize" if _quantized(model) else "no layer has a free width"
+        )
+        reasons = "; ".join(dict.fromkeys(_reasons(structure, unit))) or none
         raise ModelError(f"nothing to prune in {type(model).__name__} at this granularity: {reasons}.")
     return structure, structure.groups, structure.costs
 
 
+def _quantized(model: nn.Module) -> bool:
+    return any(".quantized." in type(module).__module__ for module in model.modules())
+
+
 def _reasons(structure: Structure, unit: Granularity) -> list[str]:
-    """The first three reasons for which widths stay; of experts, those for which what chooses among them does."""
+    """The first three reasons for which widths stay; of experts and ids, those for which they do."""
     reasons = [frozen.reason for frozen in structure.frozen]
+    if unit.kinds == ("embedding",):
+        about = [reason for reason in reasons if any(word in reason for word in ("look", " ids", "vocabulary"))]
+        return about[:3] or ["no integers among its inputs are looked up in a table"]
     if unit.kinds != ("expert",):
         return reasons[:3]
-    code = "code that walks through experts one by one cannot follow (in transformers: use 'grouped_mm' experts)"
     looked_up = [reason for reason in reasons if "positions" in reason]
-    return [*looked_up[:2], code] if looked_up else ["nothing is chosen along an axis of its parameters"]
+    return looked_up[:2] or ["nothing is chosen along an axis of its parameters"]
+
+
+def _experts(model: nn.Module, example_inputs: Any, recipe: Recipe, followed: Structure) -> ExpertStructure:
+    """The experts that can go where nothing `followed` op by op can, within the recipe's scope.
+
+    Raises:
+        OptionError: a pattern matches nothing.
+        ModelError: there is none.
+    """
+    experts = infer_experts(model, example_inputs, lambda m: sum(macs_by_module(m, example_inputs).values()))
+    if experts.groups and (recipe.scope is not None or recipe.ignore):
+        present = [name for name, _ in model.named_parameters()]
+        chosen = in_scope(experts.groups, recipe.scope, recipe.ignore, present)
+        experts = experts.restricted(group.name for group in chosen)
+    if not experts.groups:
+        known = [f"{frozen.tensor} stays, {frozen.reason}" for frozen in experts.frozen]
+        reasons = "; ".join(known[:3] or _reasons(followed, Granularity.parse("expert")))
+        raise ModelError(f"nothing to prune in {type(model).__name__} at this granularity: {reasons}.")
+    return experts
 
 
 def _layers(model: nn.Module, example_inputs: Any, recipe: Recipe) -> LayerStructure:
@@ -336,17 +408,17 @@ def _weight_groups(model: nn.Module, unit: Granularity, recipe: Recipe) -> tuple
     weights = prunable_weights(model, recipe.scope, recipe.ignore)
     pattern = recipe.budget.pattern
     if pattern is not None:
-        turned = inputs_first(model, weights)
+        axes = input_axes(model, weights)
         named = recipe.scope is not None
-        weights = divided_weights(weights, pattern.of, str(pattern), all_of_them=named, turned=turned)
+        weights = divided_weights(weights, pattern.of, str(pattern), all_of_them=named, axes=axes)
     return _grouped(model, {name: tuple(w.shape) for name, w in weights.items()}, unit.block)
 
 
 def _grouped(
     model: nn.Module, shapes: Mapping[str, tuple[int, ...]], block: tuple[int, int]
 ) -> tuple[WeightGroup, ...]:
-    turned = inputs_first(model, shapes)
-    return tuple(WeightGroup(name, shape, block, int(name not in turned)) for name, shape in shapes.items())
+    axes = input_axes(model, shapes)
+    return tuple(WeightGroup(name, shape, block, axes[name]) for name, shape in shapes.items())
 
 
 def _weight_costs(model: nn.Module, example_inputs: Any, groups: Sequence[WeightGroup]) -> CostModel:
@@ -363,29 +435,3 @@ def _weight_costs(model: nn.Module, example_inputs: Any, groups: Sequence[Weight
     return CostModel(
         {"params": tuple(params), "macs": tuple(work), "bytes": (Monomial(bytes_in_memory(model), (), "the model"),)}
     )
-
-
-def in_scope(
-    groups: tuple[ChannelGroup, ...], scope: str | Sequence[str] | None, ignore: str | Sequence[str]
-) -> tuple[ChannelGroup, ...]:
-    """Groups of which a pattern of the scope matches the name or a producing tensor, and none to ignore any member.
-
-    Raises:
-        OptionError: a pattern matches nothing.
-    """
-    wanted = None if scope is None else _listed(scope)
-    left_alone = _listed(ignore)
-
-    def hit(group: ChannelGroup, pattern: str, producing: bool) -> bool:
-        tensors = [m.tensor for m in group.members if m.role == "out" or not producing]
-        return any(fnmatchcase(name, pattern) for t in (group.name, *tensors) for name in (t, t.rpartition(".")[0]))
-
-    for pattern in (*(wanted or ()), *left_alone):
-        if not any(hit(g, pattern, False) for g in groups):
-            raise unknown_name("pattern", pattern, [g.name for g in groups])
-    chosen = [g for g in groups if wanted is None or any(hit(g, p, True) for p in wanted)]
-    return tuple(g for g in chosen if not any(hit(g, p, False) for p in left_alone))
-
-
-def _listed(patterns: str | Sequence[str]) -> tuple[str, ...]:
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)

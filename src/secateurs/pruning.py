@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from .core.batch import Loss, split, take
 from .core.budget import Budget
 from .core.catalogue import Method, get_method
-from .core.errors import OptionError
+from .core.errors import BudgetError, OptionError, unknown_name
+from .core.wrapped import unwrapped
 from .deploy.store import load_extra, load_model, save_model
 from .graph.plan import ModelPlan, digest
 from .planning import batches_of, recipe_of
@@ -25,7 +26,7 @@ from .recover.batchnorm import recalibrate_batch_norm
 from .recover.context import seeded
 from .recover.finetune import Data, History, fine_tune, one_pass
 from .report.data import Report
-from .running import Clock, Stage, other_run, take_place
+from .running import Clock, Stage, checkpoint_folder, other_run, take_place
 from .summary import Findings, quality_of, summarize
 from .sweep import front, sensitivity
 
@@ -33,6 +34,8 @@ __all__ = ["FineTune", "Pruned", "completed", "load", "prune"]
 
 Repair = Callable[[nn.Module, ModelPlan], nn.Module]
 _PLAN = "plan.safetensors"
+# Units of methods that leave zeros, which a pattern may arrange.
+_ZEROS = {"weight", "block", "N:M"}
 # What every method passes on to `plan`; what else it takes, its signature names.
 _SHARED = ("scope", "ignore", "seed")
 
@@ -162,7 +165,9 @@ def prune(
     With channels, the default, or whole layers the result is physically smaller; with single weights it has zeros.
 
     Args:
-        model: any module whose forward runs on the example inputs; untouched unless `inplace`.
+        model: any module whose forward runs on the example inputs; untouched unless `inplace`. Of one that
+            `torch.compile`, `DataParallel` or `DistributedDataParallel` wraps, the module inside is pruned: wrap the
+            result again.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keywords; by default the inputs of the
             first batch of `data`, which then must be something to go through more than once.
         budget: as "macs<=50%", "sparsity=90%", "2:4"; several joined with ",".
@@ -195,6 +200,7 @@ def prune(
     """
     if budget is None:
         raise OptionError('prune needs a budget, such as budget="macs<=50%".')
+    model = unwrapped(model)
     if example_inputs is None:
         data = batches_of(data)
         example_inputs = inputs_like(data)
@@ -206,16 +212,15 @@ def prune(
         }  # fmt: skip
         if on_block is not None and _takes(method, "on_block"):
             common["on_block"] = on_block
-        return _by_method(method, options)(model, example_inputs, budget, **common, **options)
+        return _by_method(method, options, budget)(model, example_inputs, budget, **common, **options)
     batches = batches_of(data)
-    if recover is not None:
-        recover.training_data(batches)
+    _check_options(options, recover, batches)
     tests = None if test is None else take(test, what="test data")
     if tests is None and (sensitivities or budgets):
         raise OptionError("sensitivities= and budgets= are measured on test data: pass test=.")
     notes = Findings(model=name or type(model).__name__)
     clock = Clock(notes.seconds, on_stage)
-    folder = None if checkpoint is None else Path(checkpoint)
+    folder = checkpoint_folder(checkpoint)
     with clock("planning"):
         decided = _planned(model, example_inputs, budget, folder, data=batches, loss=loss, **options)
     seed, source = decided.recipe.seed, model
@@ -227,7 +232,7 @@ def prune(
     if tests is not None:
         with clock("testing"):
             notes.quality["before"] = quality_of(model, tests)
-            notes.quality["one-shot"] = quality_of(made, tests)
+            notes.quality["one-shot"] = quality_of(made, list(decided.recode_batches(tests)))
     if tests is not None and (sensitivities or budgets):
         with clock("sweeping"), seeded(seed, "sweeping"):
             _sweep(model, decided, notes, tests, batches if recalibrate else None, sensitivities, budgets, measure)
@@ -267,6 +272,8 @@ def completed(
         others: as for `prune`.
     """
     seed = plan.recipe.seed
+    # All data is for the model that was made, whose ids may have other numbers.
+    tests, data = None if tests is None else list(plan.recode_batches(tests)), plan.recode_batches(data)
     if data is not None and recalibrate:
         with clock("recalibrating"), seeded(seed, "recalibrating"):
             layers = recalibrate_batch_norm(made, data)
@@ -275,7 +282,8 @@ def completed(
     if recover is not None:
         with clock("recovering"):
             where = None if folder is None else folder / "recovery"
-            notes.history = recover.run(
+            own = plan.recode_batches(recover.data)
+            notes.history = (recover if own is recover.data else replace(recover, data=own)).run(
                 made, model, recover.training_data(data), masks=masks or None, loss=loss, seed=seed, checkpoint=where,
                 on_step=on_step,
             )  # fmt: skip
@@ -286,6 +294,23 @@ def completed(
     if inplace:
         made = take_place(model, made)
     return Pruned(made, plan, report, masks)
+
+
+def _check_options(options: Mapping[str, Any], recover: FineTune | None, data: Iterable[Any] | None) -> None:
+    """Refuse before anything is done what would fail later.
+
+    Raises:
+        OptionError: an unknown option, or a recovery that is no recipe, has no data or no teacher.
+    """
+    known = [name for name, p in signature(recipe_of).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    for option in sorted(options.keys() - {*known}):
+        raise unknown_name("option", option, [*known, *signature(prune).parameters])
+    if not (recover is None or isinstance(recover, FineTune)):
+        raise OptionError(f"recover= takes a FineTune, such as sec.FineTune(epochs=10), got {recover!r}.")
+    if recover is not None:
+        recover.training_data(data)
+        if recover.distill and options.get("granularity") == "embedding":
+            raise OptionError("distill=True needs a teacher with the same ids, and some of them go; leave it out.")
 
 
 def inputs_like(data: Iterable[Any] | None) -> Any:
@@ -319,11 +344,17 @@ def _method(name: str) -> Method:
     return get_method(name)
 
 
-def _by_method(name: str, options: Iterable[str]) -> Callable[..., Pruned]:
+def _by_method(name: str, options: Iterable[str], budget: str | Budget) -> Callable[..., Pruned]:
     chosen = _method(name)
     run: Callable[..., Pruned] = chosen.run
     if "builder" in chosen.needs:
         raise OptionError(f"{name} compares trainings of a fresh network: call {run.__module__}.{run.__qualname__}.")
+    pattern = Budget.parse(budget).pattern
+    if pattern is not None and not _ZEROS & {*chosen.units}:
+        raise BudgetError(
+            f"{pattern} is a pattern of single weights, and {name} removes {' and '.join(chosen.units)} units: ask it for "
+            "sparsity=50% or params<=70%, say, or take a method that leaves zeros, such as sparsegpt."
+        )
     own = [option for option in options if option not in (*_SHARED, *signature(run).parameters)]
     if own:
         raise OptionError(

@@ -13,10 +13,11 @@ from torch import nn
 from .core.errors import OptionError
 from .core.state import read_state, write_state
 
-__all__ = ["Clock", "Stage", "claim", "other_run", "take_place"]
+__all__ = ["RUN", "Clock", "Stage", "checkpoint_folder", "claim", "other_run", "take_place"]
 
 Stage = Callable[[str], None]
-_RUN = "run.safetensors"
+# Where a run says which it is; it is no work that was done.
+RUN = "run.safetensors"
 
 
 class Clock:
@@ -38,13 +39,25 @@ class Clock:
         self._seconds[self._name] = self._seconds.get(self._name, 0.0) + perf_counter() - self._start
 
 
+def checkpoint_folder(checkpoint: str | Path | None) -> Path | None:
+    """Where a run is kept, if it is.
+
+    Raises:
+        OptionError: that is a file.
+    """
+    folder = None if checkpoint is None else Path(checkpoint)
+    if folder is not None and folder.is_file():
+        raise OptionError(f"checkpoint= is a folder, and {folder} is a file; give another.")
+    return folder
+
+
 def claim(folder: Path, run: dict[str, Any]) -> None:
     """None; the folder is from now on that of `run`, unless it is another's already.
 
     Raises:
         OptionError: it is.
     """
-    file = folder / _RUN
+    file = folder / RUN
     if not file.exists():
         write_state(file, run, "run")
     elif read_state(file, "run") != run:

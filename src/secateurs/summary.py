@@ -17,6 +17,7 @@ from .core.batch import split
 from .deploy.runtime import LayerChoice, Runtime
 from .deploy.size import size_on_disk
 from .graph.layers import LayerStructure, original_paths
+from .graph.mixtures import ExpertStructure
 from .graph.plan import ModelPlan
 from .measure.latency import Latency, compare, layer_times
 from .measure.params import LayerRow, bytes_in_memory, layer_table, nonzeros, parameters
@@ -51,6 +52,7 @@ class Findings:
         history: of the fine-tuning.
         sensitivity, front: as `sweep` returns them.
         errors: of the outputs of layers that were solved one by one.
+        predicted_speedup: by the times of parts that were chosen by; None where none were.
     """
 
     model: str
@@ -61,6 +63,7 @@ class Findings:
     sensitivity: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
     front: tuple[FrontPoint, ...] = ()
     errors: Mapping[str, float] = field(default_factory=dict)
+    predicted_speedup: float | None = None
 
 
 def quality_of(model: nn.Module, data: Sequence[Any]) -> dict[str, float]:
@@ -88,9 +91,10 @@ def summarize(
         found: what the run noted.
         timed: whether to measure latency, in whole and per layer, interleaved.
     """
-    rows = layer_table(before, example_inputs), layer_table(after, example_inputs)
-    timings = compare({"before": before, "after": after}, example_inputs) if timed else {}
-    layers = (layer_times(before, example_inputs), layer_times(after, example_inputs)) if timed else ({}, {})
+    given = {"before": example_inputs, "after": plan.recode(example_inputs)}
+    rows = layer_table(before, example_inputs), layer_table(after, given["after"])
+    timings = compare({"before": before, "after": after}, given) if timed else {}
+    layers = (layer_times(before, example_inputs), layer_times(after, given["after"])) if timed else ({}, {})
     stages = {name: values for name, values in found.quality.items() if name != "before"}
     speedup = timings["after"].speedup if timed else None
     return Report(
@@ -110,6 +114,7 @@ def summarize(
         front=found.front,
         history=None if found.history is None else _recovery(found.history),
         speedup=None if speedup is None else Speedup(speedup.median, speedup.p10, speedup.p90),
+        predicted_speedup=found.predicted_speedup,
         environment=environment(),
         seconds=found.seconds,
     )
@@ -175,7 +180,9 @@ def _latency(timing: Latency) -> LatencySummary:
 def _path_before(model: nn.Module, plan: ModelPlan) -> Callable[[str], str]:
     """From the name of a layer of the pruned model to the one it had: those behind layers that go move up."""
     layers = plan.structure
-    return original_paths(model, layers.gone(plan.keep)) if isinstance(layers, LayerStructure) else str
+    if not isinstance(layers, LayerStructure | ExpertStructure):
+        return str
+    return original_paths(model, layers.gone(plan.keep))
 
 
 def _layers(

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .core.errors import OptionError
 from .core.select import top
@@ -47,7 +47,9 @@ def sensitivity(
         curve = []
         for share in shares:
             keep = {**whole, group.name: top(plan.scores[group.name], _kept(group, share))}
-            curve.append((share, evaluate(_applied(model, plan, keep), test, ("accuracy",))["accuracy"]))
+            applied = replace(plan, keep=keep)
+            made, data = _applied(model, applied), list(applied.recode_batches(test))
+            curve.append((share, evaluate(made, data, ("accuracy",))["accuracy"]))
         curves[group.name] = tuple(curve)
     return curves
 
@@ -59,11 +61,11 @@ def _kept(group: Group, share: float) -> int:
     return min(-(-wanted // multiple) * multiple, group.size)
 
 
-def _applied(model: nn.Module, plan: ModelPlan, keep: dict[str, Tensor]) -> nn.Module:
+def _applied(model: nn.Module, plan: ModelPlan) -> nn.Module:
     """The model without what goes; cut where it can be, since of a width under a norm and of experts zeros are more."""
     if isinstance(plan.structure, Structure):
-        return cut(model, plan.structure, keep)
-    return replace(plan, keep=keep).mask(model)
+        return cut(model, plan.structure, plan.keep)
+    return plan.mask(model)
 
 
 def front(
@@ -94,9 +96,10 @@ def front(
         decided = plan.rebudget(budget, measure)
         made = decided.mask(model) if decided.structure is None else decided.cut(model)
         if data is not None:
-            recalibrate_batch_norm(made, data)
-        quality = evaluate(made, test, ("accuracy",))["accuracy"]
-        speedup = compare({"before": model, "after": made}, plan.example_inputs)["after"].speedup if timed else None
+            recalibrate_batch_norm(made, decided.recode_batches(data))
+        quality = evaluate(made, list(decided.recode_batches(test)), ("accuracy",))["accuracy"]
+        inputs = {"before": plan.example_inputs, "after": decided.recode(plan.example_inputs)}
+        speedup = compare({"before": model, "after": made}, inputs)["after"].speedup if timed else None
         left = None if speedup is None else 1 / speedup.median
         points.append(FrontPoint(str(decided.recipe.budget), decided.cost("macs"), left, quality))
     return tuple(points)

@@ -10,7 +10,9 @@ import torch
 from onnx import helper, numpy_helper
 
 import secateurs as sec
+import secateurs.methods
 from secateurs.cli import prune as command
+from secateurs.integrations import LoadedModel
 from tests.cli.running import Ran, run, run_json
 from tests.onnx.samples import Case, f, single
 
@@ -189,6 +191,7 @@ def test_a_method_may_prune_in_training(workplace: Path) -> None:
         (("--granularity", "chanel"), "unknown granularity 'chanel'; the nearest are channel"),
         (("--method", "sparse-gtp"), "unknown method 'sparse-gtp'; the nearest are"),
         (("--scope", "layer9"), "unknown pattern 'layer9'; the nearest are 0, 3."),
+        (("--method", "wanda"), "method 'wanda' looks at data: give --data."),
         (("--criterion", "taylor"), "criterion 'taylor' looks at data: give --data."),
         (("--recover-epochs", "1"), "--recover-epochs needs data to train on: give --data or --train-data."),
         (("--sensitivity",), "--sensitivity and --other-budget are measured on --test-data: give it."),
@@ -278,6 +281,31 @@ def test_a_plan_that_fails_leaves_no_work(workplace: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr("secateurs.pruning.prune", fail)
     assert refused("things:net", *SHORT) == "not today."
+
+
+def test_an_option_that_a_method_refuses_leaves_no_work(workplace: Path) -> None:
+    words = ("things:own", "--budget", "macs<=50%", "--out", "smaller", "--method", "wanda", "--data", "things:batches")
+    assert refused(*words).startswith(
+        "what is solved layer by layer needs a budget such as sparsity=50% or 2:4, got macs<=50%."
+    )
+
+
+def test_an_export_that_fails_leaves_the_result(workplace: Path) -> None:
+    ran = run("prune", "things:net", *SHORT, "--export", "huggingface")
+    assert ran.code == 1
+    assert ran.error == "error: Sequential is not a transformers model: save it with save_model."
+    told = ran.err.strip().splitlines()
+    assert "of the MACs" in told[-3]
+    assert told[-2] == "note: the result is whole in smaller, where secateurs.load finds it; only the export failed."
+    assert sec.load("smaller").plan.cost("macs") <= 0.5
+    assert not Path("smaller.work").exists()
+
+
+@pytest.mark.parametrize(("method", "zeros"), [("cfsp", False), ("flap", False), ("wanda", True)])
+def test_only_what_leaves_zeros_is_announced_as_zeros(method: str, zeros: bool) -> None:
+    source = LoadedModel(torch.nn.Linear(2, 2), "net")
+    notes = command._announcements(None, method, source, "test.txt")
+    assert any("becomes zero in tensors of the same shape" in note for note in notes) is zeros
 
 
 def test_every_argument_is_sorted_into_what_the_result_depends_on(

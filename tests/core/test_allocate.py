@@ -494,3 +494,8 @@ def test_unknown_names_and_options_are_refused() -> None:
         densities("uniform", LENET, 0.5, power=1.0)
     with pytest.raises(OptionError, match="allocation 'erk' is defined twice"):
         allocation("erk")(lambda shapes, density: {})
+
+
+def test_a_floor_that_is_no_number_is_refused() -> None:
+    with pytest.raises(OptionError, match=r"a floor is a number of units or a share of them, got '10%'\."):
+        floor_counts({"a": 4}, "10%")  # type: ignore[arg-type]

@@ -1,16 +1,16 @@
 """Batches: every shape that loaders and models hand over is fed, split and scored the same way."""
 
 from collections import OrderedDict
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, make_dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secateurs.core.batch import call, default_loss, device_of, leaves, main_output, move, split, take
-from secateurs.core.errors import DataError
+from secateurs.core.batch import call, default_loss, device_of, leaves, main_output, move, run, split, take
+from secateurs.core.errors import DataError, ModelError
 
 
 class Adder(nn.Module):
@@ -44,6 +44,30 @@ def test_a_model_is_called_with_a_tensor_a_tuple_or_keywords() -> None:
     assert call(model, (one, one)).tolist() == [2, 2]
     assert call(model, {"right": one, "left": 2 * one}).tolist() == [3, 3]
     assert call(model, Mapping(left=one, right=one)).tolist() == [2, 2]
+
+
+def test_a_failing_forward_is_told_with_what_was_given() -> None:
+    with pytest.raises(
+        ModelError, match=r"^Linear fails on the inputs given \(shapes: \(1, 3\)\): .*Give inputs with"
+    ) as told:
+        run(nn.Linear(2, 2), torch.zeros(1, 3))
+    assert isinstance(told.value.__cause__, RuntimeError)
+    with pytest.raises(
+        ModelError, match=r"shapes: no tensor\): .*not str\. Give tensors; of text a tokenizer makes them"
+    ):
+        run(nn.Embedding(2, 2), "once upon a time")
+
+
+def test_an_error_of_ours_inside_a_forward_stays_as_it_is() -> None:
+    ours = DataError("said already.")
+
+    class Refusing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise ours
+
+    with pytest.raises(DataError) as told:
+        run(Refusing(), torch.zeros(1))
+    assert told.value is ours
 
 
 def test_a_batch_is_split_into_inputs_and_target() -> None:
@@ -132,3 +156,39 @@ def test_data_is_taken_as_far_as_needed() -> None:
         take(None)
     with pytest.raises(DataError, match="the training data is empty"):
         take([], what="training data")
+
+
+class Pair(NamedTuple):
+    left: Tensor
+    right: Tensor
+
+
+@dataclass
+class Nested:
+    inner: Output
+    more: Output | None = None
+
+
+SlottedOutput = make_dataclass("SlottedOutput", [("logits", Tensor), ("aux", Tensor)], slots=True)
+
+
+def test_records_inside_records_and_records_with_slots_are_gone_through() -> None:
+    a, b, c = torch.ones(1), torch.ones(2), torch.ones(3)
+    assert [len(t) for t in leaves(Nested(Output(a, b), Output(c)))] == [1, 2, 3]
+    assert [len(t) for t in leaves(SlottedOutput(a, c))] == [1, 3]
+
+
+def test_a_named_tuple_stays_one_when_it_is_moved() -> None:
+    moved = move((Pair(torch.ones(2), torch.ones(3)),), "meta")[0]
+    assert isinstance(moved, Pair)
+    assert (moved.left.device.type, moved.right.shape) == ("meta", (3,))
+
+
+def test_what_is_no_iterable_is_no_data() -> None:
+    with pytest.raises(DataError, match=r"calibration data must be an iterable of batches, got 5\."):
+        take(5)  # type: ignore[arg-type]
+
+
+def test_a_label_beyond_the_classes_is_refused() -> None:
+    with pytest.raises(DataError, match=r"a label is none of the model's 4 classes: Target 9 is out of bounds"):
+        default_loss(torch.zeros(2, 4), torch.tensor([0, 9]))

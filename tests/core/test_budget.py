@@ -137,7 +137,9 @@ def test_every_fault_is_listed_at_once_with_what_is_allowed() -> None:
         ("flops<=50%", "unknown metric 'flops'; the nearest is macs"),
         ("speedup>=0.5x", "asks for a slower model"),
         ("speedup>=200%", "not as a share"),
-        ("sparsity=90", "is no share that can be removed"),
+        ("sparsity=90", "cannot read budget 'sparsity=90': sparsity 9000% is no share that can be removed"),
+        ("sparsity=90", "sparsity lies in [0%, 100%): write 'sparsity=90%'; allowed are"),
+        ("sparsity=900", "sparsity lies in [0%, 100%); allowed"),
         ("sparsity=-5%", "is no share that can be removed"),
         ("macs<=0%", "macs must be more than 0"),
         ("params<=-3M", "params must be more than 0"),
@@ -226,3 +228,8 @@ def test_the_nearest_sparsity_keeps_enough_and_hardly_more(case: tuple[int, int]
     keep, total = case
     sparsity = nearest_sparsity(keep, total).value
     assert keep <= units_kept(sparsity, total) <= keep * 1.01 + 1
+
+
+def test_what_is_given_for_a_budget_is_named_by_its_kind_where_it_is_long() -> None:
+    with pytest.raises(BudgetError, match=r"a budget is text or a Budget, got a list; allowed are"):
+        Budget.parse([0.123456] * 20)  # type: ignore[arg-type]

@@ -259,3 +259,10 @@ def test_a_recipe_is_plain_json() -> None:
     back = Recipe.from_dict({**data, "ignore": tuple(data["ignore"])})
     assert back == made
     assert Recipe.from_dict(made.to_dict()) == made
+
+
+@pytest.mark.parametrize("field", ["round_to", "seed"])
+@pytest.mark.parametrize("value", [1.5, "8", None])
+def test_a_recipe_of_no_whole_numbers_is_refused(field: str, value: Any) -> None:
+    with pytest.raises(OptionError, match=rf"{field} is a whole number, got {value!r}\."):
+        Recipe(Budget.parse("macs<=50%"), **{field: value})

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from secateurs.core.dims import Atom
 from secateurs.core.errors import DataError, ModelError, OptionError
-from secateurs.core.units import WeightGroup
+from secateurs.core.units import ChannelGroup, WeightGroup
 from secateurs.criteria import Moments, gradients, observe, score
 from secateurs.criteria.evidence import each_gradient, hessian_gradient, loss_of, samples
-from tests.criteria.models import ConvNet, account, images, mlp, unruly, vectors
+from tests.criteria.models import ConvNet, account, images, member, mlp, unruly, vectors
 
 
 def backward(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -250,3 +251,47 @@ def test_moments_do_not_cancel() -> None:
 def test_moments_of_nothing_are_zero() -> None:
     empty = Moments.of(torch.empty(0, 2))
     assert (empty.count, empty.mean.tolist(), empty.variance.tolist()) == (0, [0.0, 0.0], [0.0, 0.0])
+
+
+class Reader(nn.Module):
+    """Embeds tokens, mixes them with a convolution as long as the mask, and multiplies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up = nn.Embedding(9, 3), nn.Linear(3, 4)
+        self.mix = nn.Conv1d(4, 4, 1)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.mix(self.up(self.embed(input_ids)))
+
+
+def test_visitors_do_not_see_what_a_mask_leaves_out() -> None:
+    shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
+
+    def visitor(name: str) -> Any:
+        return lambda module, given, made: shapes.__setitem__(name, (given.shape, made.shape))
+
+    model, visitors = Reader(), {name: visitor(name) for name in ("embed", "up", "mix")}
+    batch = {"input_ids": torch.ones(2, 4, dtype=torch.long), "attention_mask": torch.tensor([[1, 1, 0, 0], [1] * 4])}
+    observe(model, [batch], visitors)
+    # A convolution's axes are samples and channels, though there are as many channels as tokens.
+    assert shapes == {"embed": ((6,), (6, 3)), "up": ((6, 3), (6, 4)), "mix": ((2, 4, 4), (2, 4, 4))}
+    observe(model, [batch], visitors, padding=True)
+    assert shapes["up"] == ((2, 4, 3), (2, 4, 4))
+    observe(model, [batch, {**batch, "attention_mask": torch.ones(2, 4)}], visitors)
+    assert shapes["up"] == ((2, 4, 3), (2, 4, 4))
+
+
+@pytest.mark.parametrize("name", ["wanda", "ria", "activation-norm", "activation-variance", "obs"])
+def test_padding_changes_no_score(name: str) -> None:
+    torch.manual_seed(0)
+    model, weight = Reader(), "up.weight"
+    model.mix = nn.Identity()
+    ids = torch.randint(9, (3, 5))
+    mask = torch.ones(3, 5, dtype=torch.long)
+    wide = {"input_ids": F.pad(ids, (2, 1)), "attention_mask": F.pad(mask, (2, 1))}
+    weights = [WeightGroup(weight, (4, 3))]
+    channels = [ChannelGroup("up", 4, "channel", (member(weight, 0, Atom("up", 4), 4),))]
+    groups: list[Any] = channels if name.startswith("activation") else weights
+    found = [score(name, model, groups, data=[batch])[groups[0].name] for batch in ({"input_ids": ids}, wide)]
+    torch.testing.assert_close(found[1], found[0])

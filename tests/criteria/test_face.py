@@ -29,8 +29,9 @@ GROUPS: dict[str, Sequence[Group]] = {
     "weight": weight_groups(ConvNet()),
     "layer": [layer_group(ConvNet(), "first", "second", "last")],
 }
-# Block influence is about layers that keep the shape of their input, others about experts; their own tests have such.
-PAIRS = [(c.name, kind) for c in criteria() for kind in c.groups if c.name != "block-influence" and kind != "expert"]
+# One is about layers that keep the shape of their input, others about experts and ids: their own tests have such.
+_OTHERS = ("block-influence", "reap", "expert-frequency", "token-frequency")
+PAIRS = [(c.name, kind) for c in criteria() for kind in c.groups if c.name not in _OTHERS]
 NEED_DATA = [c.name for c in criteria() if "data" in c.needs and "channel" in c.groups]
 
 

@@ -12,6 +12,7 @@ from tests.criteria.models import mlp
 PUBLISHED = {
     *("activation-norm", "activation-variance", "block-influence", "crop", "expert-frequency", "fisher", "grasp"),
     *("magnitude", "norm-scale", "random", "reap", "ria", "snip", "synflow", "taylor", "taylor-signed", "wanda"),
+    "token-frequency",
 }
 
 
@@ -75,3 +76,10 @@ def test_elementwise_sees_names_and_values() -> None:
     model[0].weight.data = torch.tensor([[1.0, 3.0]])
     made = elementwise(lambda name, w: w * len(name))
     assert score(made, model, [WeightGroup("0.weight", (1, 2))])["0.weight"].tolist() == [8.0, 24.0]
+
+
+def test_the_words_of_others_lead_to_the_name_here() -> None:
+    with pytest.raises(OptionError, match=r"unknown criterion 'l1'; here it is 'magnitude'\."):
+        get_criterion("l1")
+    for words in registry._OTHER_WORDS.values():
+        assert get_criterion(words.split("'")[1])

@@ -184,3 +184,24 @@ def narrow_conv(outer: nn.Conv2d, norm: nn.BatchNorm2d, inner: nn.Conv2d, seed: 
     narrow(outer, "weight bias", 0, keep)
     narrow(norm, "weight bias running_mean running_var", 0, keep)
     narrow(inner, "weight", 1, keep)
+
+
+class Own(nn.Module):
+    """Something of a user's that has the name of what PyTorch keeps parametrizations in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parametrizations = nn.ModuleDict({"linear": nn.Linear(4, 3)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.parametrizations["linear"](x)
+
+
+class Halved(nn.Module):
+    """A user's own parametrization."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight * 2

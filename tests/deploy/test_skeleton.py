@@ -187,6 +187,15 @@ def with_mask(net: Net) -> Net:
 
 def parametrized(net: Net) -> Net:
     parametrizations.orthogonal(net.inner)
+    return with_hook(net)
+
+
+def by_local_code(net: Net) -> Net:
+    class Half(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x / 2
+
+    parametrize.register_parametrization(net.inner, "weight", Half())
     return net
 
 
@@ -226,7 +235,8 @@ def scripted(net: Net) -> nn.Module:
 OBSTACLES = [
     (with_hook, "inner (Linear): it has a forward hook (with_hook.<locals>.<lambda>); remove it"),
     (with_mask, "inner (Linear): it has a forward pre hook (L1Unstructured); remove it"),
-    (parametrized, "inner (ParametrizedLinear): weight is parametrized; call torch.nn.utils.parametrize.remove_param"),
+    (parametrized, "inner (ParametrizedLinear): it has a forward hook (with_hook.<locals>.<lambda>); remove it"),
+    (by_local_code, "inner.parametrizations.weight.0 (Half): tests.deploy.test_skeleton.by_local_code.<locals>.Half"),
     (on_meta, "inner (Linear), tensor 'weight': it is on the meta device and has no data; load the weights first"),
     (
         with_lambda,
@@ -259,13 +269,12 @@ def test_all_faults_are_reported_at_once() -> None:
     assert text.endswith("; and 2 more.")
 
 
-def test_parametrizations_save_once_removed() -> None:
+def test_what_stays_behind_a_removed_weight_norm_is_left_out() -> None:
     net = Net()
     parametrizations.weight_norm(net.inner)
-    with pytest.raises(FileError, match="weight is parametrized"):
-        encode(net)
     parametrize.remove_parametrizations(net.inner, "weight")
     assert same(net, again(net), X)
+    assert not again(net).inner._load_state_dict_pre_hooks
 
 
 def test_masks_save_once_removed() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateurs.core.dims import Atom, Fixed
-from secateurs.core.errors import PlanError, ProofError
+from secateurs.core.errors import DataError, ModelError, PlanError, ProofError
 from secateurs.core.units import ChannelGroup, Member, WeightGroup
 from secateurs.graph.cut import cut, element_masks, mask, prove
 from secateurs.graph.infer import infer
@@ -322,13 +323,40 @@ def test_rounding_is_no_difference() -> None:
 
 def test_nans_in_the_same_places_agree_and_in_others_do_not() -> None:
     model = nn.Linear(5, 3)
-    nans = torch.full_like(rows, torch.nan)
+    nans = torch.cat([rows, torch.full_like(rows, torch.nan)])
     assert prove(model, copy.deepcopy(model), nans) == 0.0
     broken = copy.deepcopy(model)
     with torch.no_grad():
         broken.bias[1] = torch.nan
     with pytest.raises(ProofError, match="differ by inf in output 0"):
         prove(model, broken, rows)
+
+
+@pytest.mark.parametrize("nothing", [torch.full_like(rows, torch.nan), rows[:0]])
+def test_outputs_without_a_number_prove_nothing(nothing: Tensor) -> None:
+    model = nn.Linear(5, 3)
+    with pytest.raises(DataError, match=r"hold no finite number.*at least one, without NaN"):
+        prove(model, nn.Linear(5, 3), nothing)
+
+
+def test_named_tuples_stay_what_they_are_where_a_proof_looks_closer() -> None:
+    class Pair(NamedTuple):
+        x: Tensor
+        shift: Tensor
+
+    class Reads(nn.Module):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.up, self.factor = nn.Linear(5, 3), factor
+
+        def forward(self, pair: Pair) -> Tensor:
+            return self.up(pair.x) * self.factor + pair.shift
+
+    model, pair = Reads(1.0), Pair(rows, torch.ones(1))
+    rounded = copy.deepcopy(model)
+    rounded.factor = 1.001
+    with pytest.raises(ProofError, match=r"in output 0|in up"):
+        prove(model, rounded, (pair,))
 
 
 def test_random_numbers_are_the_same_for_both_and_used_up_for_nobody() -> None:
@@ -385,3 +413,42 @@ def test_a_module_called_output_is_no_output() -> None:
     structure = infer(model, rows)
     keep = {"output.0": torch.arange(6) < 4}
     prove(mask(model, structure.groups, keep), cut(model, structure, keep), rows)
+
+
+def test_a_model_that_draws_in_evaluation_mode_is_told_so() -> None:
+    class Forgetful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(5, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.dropout(self.up(x), 0.5))
+
+    model = Forgetful()
+    structure = infer(model, rows)
+    keep = random_keep(structure, seed=1)
+    before = torch.get_rng_state()
+    with pytest.raises(ProofError, match=r"draws random numbers, .* as in F\.dropout\(x, training=self\.training\)\."):
+        prove(mask(model, structure.groups, keep), cut(model, structure, keep), rows)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_model_of_another_dtype_than_the_plan_is_told_so() -> None:
+    model = small()
+    structure, keep = four_of_six(model)
+    half = copy.deepcopy(model).half()
+    with pytest.raises(ModelError, match=r"does not run on the plan's example inputs \(RuntimeError: .*dtype"):
+        prove(mask(half, structure.groups, keep), cut(half, structure, keep), rows)
+
+
+def test_weights_with_channels_last_stay_so() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3)).to(memory_format=torch.channels_last)
+    structure = infer(model, images)
+    smaller = cut(model, structure, {"0": torch.tensor([True, False, True, True, False, True])})
+    for at in (0, 2):
+        assert smaller[at].weight.is_contiguous(memory_format=torch.channels_last)
+        assert not smaller[at].weight.is_contiguous()
+    turned = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 3))
+    turned[0].weight = nn.Parameter(torch.randn(5, 6).t())
+    structure = infer(turned, rows)
+    assert all(p.is_contiguous() for p in cut(turned, structure, {"0": torch.arange(6) < 4}).parameters())

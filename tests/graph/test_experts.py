@@ -402,11 +402,17 @@ def test_ways_to_run_experts(way: str) -> None:
     assert plan.proven_cut(model)[1] < 1e-5
 
 
-def test_a_loop_over_experts_is_left_alone() -> None:
+def test_a_loop_over_experts_in_one_tensor_is_tried() -> None:
+    """See test_experts_apart."""
     model, inputs = language_model("Qwen3-MoE")
     model.set_experts_implementation("eager")
-    with pytest.raises(ModelError, match=r"positions are looked up: .* in model.layers.0.mlp.experts; .*'grouped_mm'"):
-        half(model, inputs)
+    assert experts_of(model, inputs).groups == ()
+    plan = half(model, inputs)
+    assert plan.counts == {f"model.layers.{i}.mlp": 4 for i in range(2)}
+    smaller, error = plan.proven_cut(model)
+    assert error < 1e-4
+    assert smaller.config.num_experts == 4
+    assert smaller.model.layers[0].mlp.gate.num_experts == 4
 
 
 def test_a_model_without_a_router_has_no_experts() -> None:
@@ -506,3 +512,21 @@ def test_other_units_have_no_share() -> None:
     net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     with pytest.raises(OptionError, match="criterion 'reap' scores expert groups, but '0' is a channel group"):
         sec.plan(net, torch.ones(1, 4), "params<=50%", criterion="reap", data=[torch.ones(2, 4)])
+
+
+class Spatial(nn.Module):
+    """The attention over pixels of CBAM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.look, self.out = nn.Conv2d(3, 8, 3), nn.Conv2d(2, 1, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        seen = torch.cat([x.mean(1, keepdim=True), x.max(1, keepdim=True)[0]], 1)
+        return self.out(x * self.look(seen).sigmoid())
+
+
+def test_a_maximum_whose_position_nobody_asks_for_chooses_no_experts() -> None:
+    structure = infer(Spatial(), torch.randn(2, 3, 8, 8))
+    assert [(group.name, group.kind) for group in structure.groups] == [("stem", "channel")]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from secateurs.core.dims import Fixed
 from secateurs.graph.trace import RULES, rule
@@ -108,6 +109,11 @@ ids = torch.tensor([[0, 2, 2], [5, 1, 0]])
 where = torch.tensor([2, 0, 1])
 lower = torch.tensor([[True, False, True, False, True]])
 
+
+def packed(x: Tensor) -> PackedSequence:
+    return pack_padded_sequence(x, torch.tensor([3, 2]), batch_first=True)
+
+
 CASES: dict[str, list[Case]] = {
     # contract
     "mm": case(torch.mm, (4, 5), (5, 3)),
@@ -157,6 +163,14 @@ CASES: dict[str, list[Case]] = {
     "upsample_trilinear3d": _resize("upsample_trilinear3d", 3, False),
     # index
     "embedding": case(lambda w: F.embedding(ids, w), (6, 5)),
+    "_embedding_bag": case(lambda w: aten._embedding_bag(w, ids[0], torch.tensor([0, 1])), (6, 5)),
+    "_embedding_bag_forward_only": [
+        *case(lambda w: F.embedding_bag(ids, w), (6, 5)),
+        *case(lambda w: F.embedding_bag(ids, w, mode="max"), (6, 5)),
+        *case(lambda w: F.embedding_bag(ids[0], w, where.sort()[0], mode="sum", padding_idx=2), (6, 5)),
+    ],
+    "nll_loss_forward": frozen(lambda x: F.nll_loss(x, torch.tensor([0, 2, 1])), (3, 4)),
+    "nll_loss2d_forward": frozen(lambda x: F.nll_loss(x, torch.tensor([[0, 2], [1, -100]])), (2, 3, 2)),
     "index": [
         *case(lambda x: x[:, where], (4, 5, 3)),
         *case(lambda x: x[where, :, where], (4, 5, 3)),
@@ -394,7 +408,15 @@ CASES: dict[str, list[Case]] = {
         *case(lambda x: F.pixel_shuffle(x, 2), (12, 3, 3)),
     ],
     "pixel_unshuffle": case(lambda x: F.pixel_unshuffle(x, 2), (2, 3, 4, 4)),
-    "view_as_complex": frozen(torch.view_as_complex, (4, 5, 2)),
+    # complex
+    "view_as_complex": case(lambda x: torch.view_as_complex(x).abs(), (4, 5, 2)),
+    "view_as_real": case(lambda x: torch.view_as_real(torch.view_as_complex(x) * 2), (4, 5, 2)),
+    "complex": case(lambda x, y: torch.complex(x, y).abs(), (4, 5), (4, 5)),
+    "_fft_r2c": case(lambda x: torch.fft.rfft2(x, dim=(1, 2)).abs(), (4, 5, 6, 3)),
+    "_fft_c2c": case(lambda x: torch.fft.fft(torch.view_as_complex(x), dim=-1).abs(), (4, 5, 2)),
+    "_fft_c2r": case(lambda x: torch.fft.irfft(torch.view_as_complex(x), n=7, dim=0), (4, 5, 2)),
+    # packed
+    "_pack_padded_sequence": case(lambda x: packed(x).data, (2, 3, 5)),
     "as_strided": frozen(lambda x: x.as_strided((2, 2), (1, 2)), (4, 5)),
     "diagonal": frozen(torch.diagonal, (4, 5)),
     "unfold": frozen(lambda x: x.unfold(1, 2, 1), (4, 5)),
@@ -413,6 +435,7 @@ UNPROVED: dict[str, str] = {
     "linear": "decomposed on the CPU into addmm",
     "native_channel_shuffle": "called channel_shuffle on the CPU",
     "_grouped_mm": "proved below, on shapes that its alignment allows",
+    "_weight_norm_interface": "proved in test_lengths, where directions are not zero",
     "grouped_mm_fallback": "an op of transformers with the rule of _grouped_mm",
     **dict.fromkeys(("zeros", "ones", "full", "empty", "rand", "randn"), "no tensor goes in: the rule of new_zeros"),
 }

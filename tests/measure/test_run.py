@@ -87,3 +87,31 @@ def test_slow_attention_is_put_back():
         look_and_fail()
     assert inside == [False]
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Counting(nn.Module):
+    """Writes to its buffers in evaluation mode: one in place, one anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+        self.register_buffer("mean", torch.zeros(2))
+        self.register_buffer("nothing", None)
+
+    def forward(self, x):
+        self.calls += 1
+        self.mean = self.mean + x.mean(0)
+        return x
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_evaluating_puts_buffers_back(inference):
+    with torch.inference_mode(inference):
+        net = nn.Sequential(Counting())
+    mean = net[0].mean
+    with evaluating(net), torch.inference_mode():
+        net(torch.ones(3, 2))
+    assert net[0].mean is mean
+    assert mean.tolist() == [0, 0]
+    # A tensor made for inference alone can only be written to in that mode: what was done in place stays.
+    assert net[0].calls.item() == (1 if inference else 0)

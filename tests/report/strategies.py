@@ -121,6 +121,7 @@ def reports() -> st.SearchStrategy[Report]:
         history=st.none()
         | st.builds(Recovery, st.sampled_from(["epoch", "step"]), st.lists(qualities, max_size=3).map(tuple)),
         speedup=st.none() | st.builds(Speedup, positive, positive, positive),
+        predicted_speedup=st.none() | positive,
         runtime=st.none() | runtimes,
         environment=st.dictionaries(names | st.sampled_from(["date", "secateurs"]), values, max_size=3),
         seconds=st.dictionaries(names, st.floats(0, 1e6), max_size=2),

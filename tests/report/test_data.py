@@ -83,6 +83,10 @@ def test_what_callers_hand_over_is_copied() -> None:
         (lambda: Report(model="n", form="both", before=Side(1), after=Side(1)), "is 'cut' or 'mask', got 'both'."),  # type: ignore[arg-type]
         (lambda: GroupChange("g", "head", 4, 5), "group g of 4 units keeps 5: it must be 0 to 4."),
         (lambda: Speedup(1.0, 0.0, 2.0), "a speed-up is how many times faster, so finite and more than 0; got 0.0."),
+        (
+            lambda: Report(model="n", form="cut", before=Side(1), after=Side(1), predicted_speedup=0.0),
+            "a predicted speed-up is finite and more than 0; got 0.0.",
+        ),
         (lambda: Recovery("hour"), "the unit of a recovery is 'epoch' or 'step', got 'hour'."),  # type: ignore[arg-type]
     ],
 )

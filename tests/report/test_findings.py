@@ -64,6 +64,17 @@ def test_what_was_asked_is_checked(budget: str, got: str, met: bool | None) -> N
     assert (check.got, check.met) == (got, met)
 
 
+def test_what_a_limit_on_time_was_chosen_by_stands_beside_what_was_measured() -> None:
+    found = report(budget="speedup>=2x,latency<=5ms,macs<=50%", predicted_speedup=2.13)
+    assert [check.got for check in checks(found)] == [
+        "2.00×, 2.13× the speed predicted",
+        "5.00 ms, 2.13× the speed predicted",
+        "50.0%",
+    ]
+    unmeasured = replace(found, after=replace(AFTER, latency=None))
+    assert checks(unmeasured)[0].got == "not measured, 2.13× the speed predicted"
+
+
 def test_several_limits_and_what_was_not_measured() -> None:
     unmeasured = replace(AFTER, macs=None, latency=None)
     assert checks(report(budget="macs<=50%,latency<=5ms,params<=50%", after=unmeasured)) == (

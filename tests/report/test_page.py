@@ -160,6 +160,17 @@ def test_budget_and_cards(page: Page) -> None:
     assert "agree to a relative 3.1 × 10⁻⁷" in budget.words
 
 
+def test_a_predicted_speed_stands_beside_the_measured_one() -> None:
+    found = replace(sample(), predicted_speedup=1.84)
+    card = "1.71× the speed, 1.84× predicted; 75.2 ms before"
+    assert found.to_dict()["predicted_speedup"] == 1.84
+    assert found.to_dict()["speedup"]["median"] == 1.71
+    assert card in found.to_text()
+    assert card in section(Page(render(found)), "budget").words
+    unmeasured = replace(found, speedup=None, after=replace(found.after, latency=None))
+    assert "not measured; 1.84× the speed was predicted" in unmeasured.to_text()
+
+
 def test_stages_layers_and_groups(page: Page) -> None:
     rows = [tr.words for tr in section(page, "quality").all("tr")]
     assert rows[2] == "one-shot 61.3% −32.6 points 1.402 12.0%"

@@ -161,3 +161,7 @@ def test_small_words() -> None:
 )
 def test_tensors_are_called_by_their_layer(tensor: str, layer: str) -> None:
     assert words.module_of(tensor) == layer
+
+
+def test_two_forms_agree_exactly_or_to_an_error() -> None:
+    assert [words.agreement(error) for error in (0.0, 2e-7)] == ["exactly", "to a relative 2 × 10⁻⁷"]

@@ -117,8 +117,8 @@ Granularity = Annotated[
     str | None,
     typer.Option(
         "--granularity",
-        help="channel (widths and heads, cut out), head, head-size, expert, layer (whole blocks), weight or block:4x1 "
-        "(zeros).",
+        help="channel (widths and heads, cut out), head, head-size, expert, embedding (rows of vocabularies), layer "
+        "(whole blocks), weight or block:4x1 (zeros).",
         show_default="channel; weight for N:M",
     ),
 ]

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..core.errors import FileError, OptionError
 from ..core.folder import write_json
+from ..running import RUN
 
 _SETTINGS = "command.json"
 
@@ -67,7 +68,7 @@ def close(work: Path) -> None:
 
 def close_if_unused(work: Path) -> bool:
     """Whether the run failed before it had anything worth keeping; its work folder is gone then."""
-    unused = [path.name for path in work.iterdir()] == [_SETTINGS]
+    unused = {path.name for path in work.iterdir()} <= {_SETTINGS, RUN}
     if unused:
         close(work)
     return unused

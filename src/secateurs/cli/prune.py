@@ -42,6 +42,8 @@ _DATA = (
 _BESIDE = ("out", "export", "resume", "as_json", "quiet", "debug")
 # Sparsities at which each group is tested alone.
 _SHARES = (0.25, 0.5, 0.75)
+# Units of methods that are cut out.
+_WHOLE = {"channel", "head", "layer", "neuron"}
 # A layer of fewer units takes about the same time at half its width.
 _NARROW = 32
 
@@ -95,7 +97,9 @@ def prune(
     criterion: Annotated[
         str | None,
         typer.Option(
-            "--criterion", help="How units are scored; see `secateurs methods --criteria`.", show_default="magnitude"
+            "--criterion",
+            help="How units are scored; see `secateurs methods --criteria`.",
+            show_default="magnitude; token-frequency for embedding with --data",
         ),
     ] = None,
     allocation: Annotated[
@@ -153,6 +157,7 @@ def prune(
         source = opening.load(model)
         known, tests = _opened(source, data, "train", given), _opened(source, test_data, "test", given)
         source = _with_examples(source, known or tests, opening.batch).to(opening.device)
+        options |= _of_tokenizer(source, options)
         answering = _tasks.answering(source, tasks, tasks_limit, opening.seed)
         for note in _announcements(recipe, method, source, test_data or tasks):
             talk.say(f"note: {note}")
@@ -184,15 +189,21 @@ def prune(
                 talk.say(f"note: what is done so far is kept in {work}; --resume goes on from there.")
             raise
         made.report = replace(made.report, command=_command(context))
+        source = replace(source, example_inputs=made.plan.recode(source.example_inputs))
         graph = files_of(made.model, source.example_inputs)
         made.save(place, extra=graph)
+        _work.close(work)
         files = {
             "model": str(place),
             "page": str(place / "report.html"),
             **({"ONNX": str(place / "model.onnx")} if graph else {}),
-            **_exported(made, source, place, export or []),
         }
-        _work.close(work)
+        try:
+            files |= _exported(made, source, place, export or [])
+        except Exception:
+            talk.say(f"note: {made.report.headline()}")
+            talk.say(f"note: the result is whole in {place}, where secateurs.load finds it; only the export failed.")
+            raise
         _tell(talk, made, files)
 
 
@@ -233,6 +244,7 @@ def _checked(given: Mapping[str, Any], options: Mapping[str, Any]) -> Recipe | N
     """The recipe, None if a method has its own; every name in it is known before a model is loaded."""
     from ..core.allocate import get_allocation
     from ..core.budget import Budget
+    from ..core.catalogue import get_method
     from ..core.errors import OptionError
     from ..criteria import get_criterion
     from ..planning import Granularity as Units
@@ -244,14 +256,30 @@ def _checked(given: Mapping[str, Any], options: Mapping[str, Any]) -> Recipe | N
         raise OptionError("--recover-epochs needs data to train on: give --data or --train-data.")
     if (given["sensitivity"] or given["other_budgets"]) and given["test_data"] is None:
         raise OptionError("--sensitivity and --other-budget are measured on --test-data: give it.")
+    if given["granularity"] == "embedding" and given["tasks"]:
+        raise OptionError("--tasks asks with the old tokenizer, and granularity embedding changes ids: leave it out.")
     if given["method"] is not None:
+        if "data" in get_method(given["method"]).needs and given["data"] is None and given["train_data"] is None:
+            raise OptionError(f"method {given['method']!r} looks at data: give --data.")
         return None
-    recipe = recipe_of(given["budget"], **options)
+    recipe = recipe_of(given["budget"], data=given["data"], **options)
     Units.parse(recipe.granularity)
     get_allocation(recipe.allocation)
     if not get_criterion(recipe.criterion).data_free and given["data"] is None:
         raise OptionError(f"criterion {recipe.criterion!r} looks at data: give --data.")
     return recipe
+
+
+def _of_tokenizer(source: LoadedModel, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Where rows of embeddings go: the tokenizer's special ids, which stay, and that of unknown tokens."""
+    from ..integrations.pretrained import has_tokenizer
+    from ..integrations.text import tokenizer_of
+
+    text = source.text
+    if options.get("granularity") != "embedding" or text is None or not has_tokenizer(text.tokenizer):
+        return {}
+    tokenizer = tokenizer_of(text)
+    return {"keep_ids": tokenizer.all_special_ids, "unknown": tokenizer.unk_token_id}
 
 
 def _opened(source: LoadedModel, spec: str | None, split: Any, given: Mapping[str, Any]) -> Batches | Loader | None:
@@ -281,7 +309,7 @@ def _announcements(recipe: Recipe | None, method: str | None, source: LoadedMode
     from ..planning import Granularity as Units
 
     widest = max((p.shape[0] for p in source.model.parameters() if p.dim() > 1), default=0)
-    cut = bool(Units.parse(recipe.granularity).kinds) if recipe else "channel" in get_method(method or "").units
+    cut = bool(Units.parse(recipe.granularity).kinds if recipe else _WHOLE & {*get_method(method or "").units})
     notes = []
     if not cut:
         instead = "; --granularity channel makes it smaller" if recipe and not recipe.budget.pattern else ""
@@ -325,12 +353,13 @@ def _exported(made: Pruned, source: LoadedModel, place: Path, wanted: list[Expor
     from ..onnx import OnnxModule
 
     tokenizer = None if source.text is None else source.text.tokenizer
+    kept = {g.name: made.plan.kept_ids(g.name) for g in made.plan.groups if g.kind == "embedding"}
     to_onnx = write_verified if isinstance(made.model, OnnxModule) else export_onnx
     writers: dict[Export, tuple[Callable[..., Path], str]]
     writers = {
         Export.onnx: (to_onnx, ".onnx"),
         Export.program: (export_program, ".pt2"),
-        Export.huggingface: (partial(export_pretrained, tokenizer=tokenizer), ".hf"),
+        Export.huggingface: (partial(export_pretrained, tokenizer=tokenizer, kept=kept), ".hf"),
     }
     files = {}
     for kind in dict.fromkeys(wanted):

@@ -110,8 +110,10 @@ def floor_counts(sizes: Mapping[str, int], floor: int | float) -> dict[str, int]
             at least one unit.
 
     Raises:
-        OptionError: a negative number, or a share outside [0, 1].
+        OptionError: no number, a negative one, or a share outside [0, 1].
     """
+    if not isinstance(floor, (int, float)):
+        raise OptionError(f"a floor is a number of units or a share of them, got {floor!r}.")
     if isinstance(floor, int):
         if floor < 0:
             raise OptionError(f"a floor is a number of units of at least 0, got {floor}.")

@@ -8,26 +8,29 @@ A `Call` is both: all that one call of a module was given.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 
-from .errors import DataError
+from .errors import DataError, ModelError, SecateursError
 
 __all__ = [
     "Call",
     "Loss",
     "call",
+    "check_batches",
     "default_loss",
     "device_of",
     "double",
     "leaves",
     "main_output",
     "move",
+    "run",
     "split",
     "take",
 ]
@@ -54,6 +57,30 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
+def run(model: nn.Module, inputs: Any) -> Any:
+    """`call(model, inputs)`; what the model's code raises becomes a sentence.
+
+    Raises:
+        ModelError: the forward pass fails; the message has the shapes given, the cause is chained.
+    """
+    try:
+        return call(model, inputs)
+    except SecateursError:
+        raise
+    except Exception as error:
+        # The forward pass is the user's code, which may raise anything.
+        shapes = ", ".join(str(tuple(t.shape)) for t in leaves(inputs))
+        advice = (
+            "Give inputs with which model(inputs) runs."
+            if shapes
+            else ("Give tensors; of text a tokenizer makes them, with return_tensors='pt'.")
+        )
+        raise ModelError(
+            f"{type(model).__name__} fails on the inputs given (shapes: {shapes or 'no tensor'}): "
+            f"{str(error).rstrip('. ')}. {advice}"
+        ) from error
+
+
 def split(batch: Any) -> tuple[Any, Any]:
     """`(inputs, target)` of a batch; target is None where the batch has none, or carries it among its keywords."""
     if isinstance(batch, (tuple, list)):
@@ -73,7 +100,7 @@ def default_loss(output: Any, target: Any) -> Tensor:
     Classes are the last axis where the other axes are those of the target (tokens), else axis 1 (pixels).
 
     Raises:
-        DataError: there is neither a loss in the output nor a target.
+        DataError: there is neither a loss in the output nor a target, or a label is no class.
     """
     own = getattr(output, "loss", None)
     if own is None and isinstance(output, dict):
@@ -86,8 +113,11 @@ def default_loss(output: Any, target: Any) -> Tensor:
     if target.is_floating_point():
         return F.mse_loss(logits, target)
     if logits.dim() <= 2 or logits.shape[:-1] == target.shape:
-        return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), target.flatten())
-    return F.cross_entropy(logits, target)
+        logits, target = logits.reshape(-1, logits.shape[-1]), target.flatten()
+    try:
+        return F.cross_entropy(logits, target)
+    except IndexError as error:
+        raise DataError(f"a label is none of the model's {logits.shape[1]} classes: {error}") from error
 
 
 def main_output(output: Any) -> Tensor:
@@ -111,9 +141,12 @@ def leaves(tree: Any) -> Iterator[Tensor]:
     elif isinstance(tree, (tuple, list)):
         for value in tree:
             yield from leaves(value)
+    elif is_dataclass(tree):
+        for field in fields(tree):
+            yield from leaves(getattr(tree, field.name))
     elif hasattr(tree, "__dict__"):
         for value in vars(tree).values():
-            if isinstance(value, (Tensor, tuple, list, dict)):
+            if isinstance(value, (Tensor, tuple, list, dict)) or is_dataclass(value):
                 yield from leaves(value)
 
 
@@ -124,7 +157,8 @@ def move(tree: Any, device: torch.device | str) -> Any:
     if isinstance(tree, Call):
         return Call(move(tree.args, device), move(tree.kwargs, device))
     if isinstance(tree, tuple):
-        return tuple(move(v, device) for v in tree)
+        moved = tuple(move(v, device) for v in tree)
+        return type(tree)(*moved) if hasattr(tree, "_fields") else moved
     if isinstance(tree, list):
         return [move(v, device) for v in tree]
     if hasattr(tree, "items"):
@@ -144,14 +178,30 @@ def double(tensor: Tensor) -> Tensor:
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
+def check_batches(data: Iterable[Any] | None, what: str = "calibration data") -> None:
+    """Refuse what is often given in the place of an iterable of batches; None passes.
+
+    Raises:
+        DataError: one batch, a data set of single samples, or nothing that can be gone through.
+    """
+    found = type(data).__name__
+    if isinstance(data, (Tensor, Mapping)) or hasattr(data, "keys"):
+        raise DataError(f"the {what} must be an iterable of batches, got one {found}; put a single batch in a list.")
+    if isinstance(data, Dataset) and not isinstance(data, Iterable):
+        raise DataError(f"the {what} must be batches, got the single samples of a {found}; use a DataLoader.")
+    if not (data is None or isinstance(data, Iterable) or hasattr(data, "__getitem__")):
+        raise DataError(f"the {what} must be an iterable of batches, got {data!r}.")
+
+
 def take(data: Iterable[Any] | None, limit: int | None = None, what: str = "calibration data") -> list[Any]:
     """The first `limit` batches of `data` as a list.
 
     Raises:
-        DataError: there is no data, or it is empty.
+        DataError: there is no data, or it is empty, or holds no batches.
     """
     if data is None:
         raise DataError(f"this needs {what}: pass data=, an iterable of batches.")
+    check_batches(data, what)
     batches = list(islice(data, limit))
     if not batches:
         raise DataError(f"the {what} is empty: at least one batch is needed.")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 
@@ -156,7 +156,7 @@ class Budget:
         if isinstance(text, Budget):
             return text
         if not isinstance(text, str):
-            raise BudgetError(f"a budget is text or a Budget, got {text!r}; {_allowed()}.")
+            raise BudgetError(f"a budget is text or a Budget, got {_brief(text)}; {_allowed()}.")
         items = [item.strip() for item in text.split(",")]
         parts, faults = _read_items(items)
         faults += _repeated(filter(None, map(_key_of_text, items)))
@@ -205,14 +205,15 @@ def _three_digits(value: float, up: bool) -> Decimal:
     return exact.quantize(Decimal(1).scaleb(exact.adjusted() - 2), ROUND_CEILING if up else ROUND_FLOOR)
 
 
-def _read_items(items: Iterable[str]) -> tuple[list[Limit | Pattern], list[str]]:
+def _read_items(items: Sequence[str]) -> tuple[list[Limit | Pattern], list[str]]:
     parts: list[Limit | Pattern] = []
     faults: list[str] = []
     for item in items:
         try:
             parts.append(_read(item))
         except BudgetError as error:
-            faults.append(f"{item!r}: {str(error).rstrip('.')}")
+            fault = str(error).rstrip(".")
+            faults.append(f"{item!r}: {fault}" if len(items) > 1 else fault)
     return parts, faults
 
 
@@ -269,7 +270,9 @@ def _sparsity_faults(limit: Limit) -> list[str]:
     if 0 <= limit.value < 1:
         return []
     why = "would remove everything" if limit.value == 1 else "is no share that can be removed"
-    return [f"sparsity {_number_text(limit)} {why}; sparsity lies in [0%, 100%)"]
+    # What was given bare is a share; who forgot the sign meant per cent.
+    meant = f": write 'sparsity={_plain(Decimal(repr(limit.value)))}%'" if 1 < limit.value < 100 else ""
+    return [f"sparsity {_number_text(limit)} {why}; sparsity lies in [0%, 100%){meant}"]
 
 
 def _value_faults(limit: Limit) -> list[str]:
@@ -322,6 +325,10 @@ def _key_of_text(item: str) -> str | None:
 def _repeated(keys: Iterable[str]) -> list[str]:
     seen = list(keys)
     return [f"{key} is limited twice" for key in dict.fromkeys(seen) if seen.count(key) > 1]
+
+
+def _brief(value: object) -> str:
+    return text if len(text := repr(value)) < 50 else f"a {type(value).__name__}"
 
 
 def _allowed() -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batch import Loss, call, default_loss, device_of, leaves, move, split
+from .batch import Loss, default_loss, device_of, leaves, move, run, split
 from .errors import DataError, ModelError
 
 __all__ = ["gradients_of", "hessian_product", "loss_of", "samples_in"]
@@ -19,10 +19,10 @@ def loss_of(model: nn.Module, batch: Any, loss: Loss | None = None) -> Tensor:
 
     Raises:
         DataError: there are no labels, or the loss is not one number.
-        ModelError: the loss is NaN or infinite.
+        ModelError: the model fails on the batch, or the loss is NaN or infinite.
     """
     inputs, target = split(batch)
-    output = call(model, move(inputs, device_of(model)))
+    output = run(model, move(inputs, device_of(model)))
     if target is not None:
         target = move(target, next((leaf.device for leaf in leaves(output)), device_of(model)))
     value = (loss or default_loss)(output, target)

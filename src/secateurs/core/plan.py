@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from .budget import Budget
 from .cost import CostModel
 from .depth import LayerGroup
 from .errors import BudgetError, OptionError, PlanError
+from .experts import ExpertGroup
 from .fit import fit
 from .select import n_of_m_inputs, top
 from .units import Group, WeightGroup
@@ -38,6 +40,11 @@ class Recipe:
         floor: fewest units that stay in a group: a count, or a share of the group.
         round_to: kept counts are multiples of this, since hardware likes them; 1 for any.
         seed: of everything random.
+        keep_ids: of rows of embeddings, ids that stay.
+        unknown: of rows of embeddings, the id that stands for those that were removed; None for none.
+
+    Raises:
+        OptionError: `round_to` or `seed` is no whole number.
     """
 
     budget: Budget
@@ -51,6 +58,18 @@ class Recipe:
     floor: int | float = 1
     round_to: int = 1
     seed: int = 0
+    keep_ids: tuple[int, ...] = ()
+    unknown: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("round_to", "seed"):
+            if not isinstance(getattr(self, name), Integral):
+                raise OptionError(f"{name} is a whole number, got {getattr(self, name)!r}.")
+
+    @property
+    def ids_that_stay(self) -> tuple[int, ...]:
+        """The ids that stay by request."""
+        return self.keep_ids if self.unknown is None else (*self.keep_ids, self.unknown)
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain JSON values."""
@@ -59,7 +78,7 @@ class Recipe:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
         """The recipe that `to_dict` wrote."""
-        return cls(**{**data, "budget": Budget.parse(data["budget"])})
+        return cls(**{**data, "budget": Budget.parse(data["budget"]), "keep_ids": tuple(data.get("keep_ids", ()))})
 
 
 @dataclass(frozen=True)
@@ -208,6 +227,8 @@ class Plan:
     def _reach(self, group: Group) -> tuple[str, tuple[str, ...]]:
         if isinstance(group, LayerGroup):
             return group.container, group.gone(self.keep[group.name])
+        if isinstance(group, ExpertGroup) and group.blocks:
+            return group.name, group.gone(self.keep[group.name])
         return group.tensors[0], group.tensors[1:]
 
     def rebudget(self: P, budget: str | Budget, measure: Measure | None = None) -> P:

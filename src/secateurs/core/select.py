@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from .errors import OptionError
 
-__all__ = ["knapsack", "n_of_m", "n_of_m_inputs", "per_row", "top", "top_across"]
+__all__ = ["knapsack", "n_of_m", "n_of_m_inputs", "per_row", "staying_first", "top", "top_across"]
 
 # From this length on the k-th highest of a row is looked for near where a sample of every 257th entry has it.
 _LONG, _STRIDE = 2**16, 257
@@ -40,6 +40,18 @@ def top(scores: Tensor, k: int) -> Tensor:
     [False, True, True, False]
     """
     return _keep(_without_nan(scores).reshape(1, -1), k).view(scores.shape)
+
+
+def staying_first(scores: Tensor, stays: Sequence[int]) -> Tensor:
+    """`scores` [units], in which those of the units that must stay are above all others.
+
+    >>> staying_first(torch.tensor([1.0, 5.0, 2.0]), [0]).argmax()
+    tensor(0)
+    """
+    if not len(stays):
+        return scores
+    above = torch.nextafter(scores.max(), scores.new_tensor(torch.inf))
+    return scores.index_fill(0, torch.tensor(stays, device=scores.device), float(above))
 
 
 def top_across(scores: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:

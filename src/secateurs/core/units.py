@@ -94,6 +94,8 @@ class ChannelGroup:
     Args:
         multiple: the number of units kept must be one of this, since a kernel of the model runs at no other.
         least: fewest units that may stay, such as the experts that each token is sent to.
+        stays: the units that may not go.
+        inputs: the places among a model's inputs (see `core.ids`) whose values are numbers of units.
     """
 
     name: str
@@ -102,6 +104,8 @@ class ChannelGroup:
     members: tuple[Member, ...]
     multiple: int = 1
     least: int = 1
+    stays: tuple[int, ...] = ()
+    inputs: tuple[str, ...] = ()
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -243,14 +247,17 @@ def reduce_rows(values: Tensor, reduce: Reduce = "sum") -> Tensor:
 
 
 def marginals(values: Tensor, axes: Iterable[int], reduce: Reduce = "sum") -> dict[int, Tensor]:
-    """`reduce_rows` along each of `axes`; what none of them runs over is reduced once for all."""
-    wanted = set(axes)
-    others = [axis for axis in range(values.dim()) if axis not in wanted]
-    if len(wanted) < 2 or not others or reduce == "max":
-        return {axis: reduce_rows(values.movedim(axis, 0), reduce) for axis in wanted}
+    """`reduce_rows` along each of `axes`, what lies before the axis first: sums over long rows are the fast ones."""
     wide = torch.promote_types(values.dtype, torch.float32)
-    inner = values.sum(others, dtype=wide) if reduce == "sum" else values.mean(others, dtype=wide)
-    return {axis: reduce_rows(inner.movedim(i, 0), reduce) for i, axis in enumerate(sorted(wanted))}
+    made: dict[int, Tensor] = {}
+    for axis in sorted(set(axes)):
+        before = tuple(range(axis))
+        if not before or reduce == "max":
+            made[axis] = reduce_rows(values.movedim(axis, 0), reduce)
+        else:
+            inner = values.sum(before, dtype=wide) if reduce == "sum" else values.mean(before, dtype=wide)
+            made[axis] = reduce_rows(inner, reduce)
+    return made
 
 
 def _reduce_positions(rows: Tensor, units: Tensor, size: int, reduce: Reduce) -> Tensor:

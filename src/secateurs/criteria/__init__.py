@@ -9,6 +9,7 @@ from . import (  # noqa: F401
     curvature,
     flow,
     fluctuation,
+    frequency,
     gradient,
     magnitude,
     neurons,

@@ -112,7 +112,7 @@ def block_changes(
         for block in blocks:
             handle = model.get_submodule(block).register_forward_pre_hook(remember(block), with_kwargs=True)
             hooks.callback(handle.remove)
-        observe(model, batches(), {block: visitor(block) for block in blocks}, seed=seed)
+        observe(model, batches(), {block: visitor(block) for block in blocks}, padding=True, seed=seed)
     return {block: float(torch.cat(tokens).mean()) for block, tokens in found.items()}
 
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..core.batch import Loss, call, device_of, leaves, move, split
+from ..core.batch import Loss, device_of, leaves, move, run, split
 from ..core.derivatives import gradients_of, hessian_product, loss_of, samples_in
 from ..core.errors import ModelError, OptionError
+from ..solvers.layerwise import seen_of
 from .lifting import resolve
 from .preserve import preserved
 
@@ -156,31 +157,51 @@ def observing(
 
 
 def observe(
-    model: nn.Module, data: Iterable[Any], visitors: Mapping[str, Visitor], *, train: bool = False, seed: int = 0
+    model: nn.Module,
+    data: Iterable[Any],
+    visitors: Mapping[str, Visitor],
+    *,
+    padding: bool = False,
+    train: bool = False,
+    seed: int = 0,
 ) -> None:
     """Runs `data` through `model` and shows the modules in `visitors` to their visitors (see `observing`).
+
+    Args:
+        padding: whether visitors see the tokens that a batch's "attention_mask" leaves out. Without them a tensor
+            [samples, tokens, …] is shown as [seen tokens, …].
+        others: see `observing`.
 
     Raises:
         ModelError: a module was never called, so that nothing is known about it.
     """
     silent = dict.fromkeys(visitors)
+    seen: Tensor | None = None
 
     def noting(name: str, visitor: Visitor) -> Visitor:
         def visit(module: nn.Module, given: Tensor, made: Tensor) -> None:
             silent.pop(name, None)
-            visitor(module, given, made)
+            visitor(module, _without_padding(module, given, seen), _without_padding(module, made, seen))
 
         return visit
 
     with observing(model, {n: noting(n, v) for n, v in visitors.items()}, train=train, seed=seed):
         for batch in data:
-            call(model, move(split(batch)[0], device_of(model)))
+            seen = None if padding else seen_of([batch])[0]
+            run(model, move(split(batch)[0], device_of(model)))
     if silent:
         raise ModelError(
             f"no call of {_some(list(silent))} was seen on this data, so its activations are unknown: the model uses "
             f"its weights without calling it (as nn.MultiheadAttention does), or the data never reaches it; give more "
             f"data, use a criterion without activations, or leave its group out."
         )
+
+
+def _without_padding(module: nn.Module, tensor: Tensor, seen: Tensor | None) -> Tensor:
+    """What the mask [samples, tokens] leaves of a tensor that has these axes first: ids, or a vector for each token."""
+    if seen is None or isinstance(module, nn.modules.conv._ConvNd) or tensor.shape[:2] != seen.shape:
+        return tensor
+    return tensor if tensor.dim() == 2 and tensor.is_floating_point() else tensor[seen.to(tensor.device)]
 
 
 class RunningMean:

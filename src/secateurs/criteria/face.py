@@ -22,6 +22,8 @@ from .registry import Criterion, criteria, get_criterion
 __all__ = ["check_finite", "score"]
 
 _LIFT = tuple(field.name for field in fields(Lift))
+# Channels that some criteria are for alone.
+_OWN_KINDS = ("expert", "embedding")
 
 
 @torch.inference_mode(False)
@@ -119,12 +121,12 @@ def _kind_of(group: Group) -> str:
         return "weight"
     if isinstance(group, LayerGroup):
         return "layer"
-    return "expert" if group.kind == "expert" else "channel"
+    return group.kind if group.kind in _OWN_KINDS else "channel"
 
 
 def _scores(criterion: Criterion, kind: str) -> bool:
-    """Whether it makes sense for a kind of group; experts are channels, too."""
-    return kind in criterion.groups or (kind == "expert" and "channel" in criterion.groups)
+    """Whether it makes sense for a kind of group; experts and rows of embeddings are channels, too."""
+    return kind in criterion.groups or (kind in _OWN_KINDS and "channel" in criterion.groups)
 
 
 def check_finite(model: nn.Module) -> None:
@@ -169,15 +171,20 @@ def _from_entries(
     cache: Cache = {}
     saliency: dict[str, Tensor] = {}
     axes = _axes(parts)
-    # Without data each tensor is for itself: its saliency can be reduced before that of the next is made.
+
+    def note(name: str, values: Tensor) -> None:
+        _check_saliency(criterion, name, values, parameters[name])
+        rows = marginals(values, axes.get(name, ()), lift.reduce)
+        cache.update({(name, axis, lift.reduce): along for axis, along in rows.items()})
+        saliency.update({} if rows else {name: values})
+        # A sum has no number where an entry has none, and is much shorter.
+        _check_numbers(criterion, name, next(iter(rows.values())) if rows and lift.reduce != "max" else values)
+
+    # Without data each tensor is for itself: its saliency is reduced and forgotten before that of the next is made.
     for names in [tuple(parameters)] if criterion.needs else [(name,) for name in parameters]:
-        for name, values in criterion.evaluate(model, names, supplied).items():
-            _check_saliency(criterion, name, values, parameters[name])
-            rows = marginals(values, axes.get(name, ()), lift.reduce)
-            cache.update({(name, axis, lift.reduce): along for axis, along in rows.items()})
-            saliency.update({} if rows else {name: values})
-            # A sum has no number where an entry has none, and is much shorter.
-            _check_numbers(criterion, name, next(iter(rows.values())) if rows and lift.reduce != "max" else values)
+        made = criterion.evaluate(model, names, supplied)
+        while made:
+            note(*made.popitem())
     for group in parts:
         found = lifted(group, saliency, lift, signed=criterion.signed, finish=finish, cache=cache)
         if found is None:

@@ -139,10 +139,10 @@ def lifted(
 
 def _is_buffer(model: nn.Module, name: str) -> bool:
     try:
-        model.get_buffer(name)
+        holder = owner(model, name)
     except AttributeError:
         return False
-    return True
+    return name.rpartition(".")[2] in holder._buffers
 
 
 def _takes_part(model: nn.Module, member: Member, tensors: str) -> bool:

@@ -14,7 +14,9 @@ from torch.utils._pytree import tree_map_only
 
 from ..core.batch import call, device_of, double, leaves, move, split
 from ..core.errors import ModelError
+from ..core.experts import ExpertGroup
 from ..core.units import ChannelGroup, Member
+from .gated import Watched, watch
 from .preserve import preserved
 from .registry import criterion
 
@@ -28,7 +30,9 @@ __all__ = ["expert_frequency", "reap"]
     needs=("data",),
     paper="Lasby et al. 2025, arXiv 2510.13999, router-weighted expert activation pruning",
 )
-def reap(model: nn.Module, groups: Sequence[ChannelGroup], *, data: Sequence[Any], seed: int) -> dict[str, Tensor]:
+def reap(
+    model: nn.Module, groups: Sequence[ChannelGroup | ExpertGroup], *, data: Sequence[Any], seed: int
+) -> dict[str, Tensor]:
     """The mean, over the tokens that are sent to an expert, of gate weight times the L2 norm of its output.
 
     An expert that no token is sent to has 0. Where a unit is one expert of each group of a router, theirs are summed.
@@ -37,7 +41,8 @@ def reap(model: nn.Module, groups: Sequence[ChannelGroup], *, data: Sequence[Any
     Args:
         model: whose experts are called as transformers does: one module that holds the matrices of all experts of a
             layer [experts, …] is given the tokens [tokens, …] and, both [tokens, k], the experts of each token and
-            their weights. It runs once more for each of the k, on that alone.
+            their weights. It runs once more for each of the k, on that alone. Or each expert is a module, and what it
+            returns is multiplied with one weight a token.
         groups: of granularity "expert".
         data: batches; padding counts as any token does, so leave it out.
         seed: see `preserved`.
@@ -45,14 +50,20 @@ def reap(model: nn.Module, groups: Sequence[ChannelGroup], *, data: Sequence[Any
     Raises:
         ModelError: the experts of a group are called in another way, or not at all.
     """
-    return _scored(model, groups, data, seed, lambda seen: seen.added / seen.tokens.clamp(min=1))
+
+    def mean(seen: _Seen | Watched) -> Tensor:
+        if isinstance(seen, Watched) and not all(seen.weighed or [False]):
+            raise ModelError(_unseen(groups[0].name, "what they return is not multiplied with one weight a token"))
+        return seen.added / seen.tokens.clamp(min=1)
+
+    return _scored(model, groups, data, seed, mean)
 
 
 @criterion(
     "expert-frequency", kind="unit", groups=("expert",), needs=("data",), paper="the baseline of arXiv 2510.13999"
 )
 def expert_frequency(
-    model: nn.Module, groups: Sequence[ChannelGroup], *, data: Sequence[Any], seed: int
+    model: nn.Module, groups: Sequence[ChannelGroup | ExpertGroup], *, data: Sequence[Any], seed: int
 ) -> dict[str, Tensor]:
     """The share of tokens that are sent to an expert.
 
@@ -86,9 +97,26 @@ class _Routed:
 
 
 def _scored(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup | ExpertGroup],
+    data: Sequence[Any],
+    seed: int,
+    score: Callable[[_Seen | Watched], Tensor],
+) -> dict[str, Tensor]:
+    apart = [group for group in groups if isinstance(group, ExpertGroup)]
+    for group in apart:
+        if not group.blocks:
+            raise ModelError(_unseen(group.name, "they are no modules, and given to none together"))
+    watched = watch(model, apart, data, seed) if apart else {}
+    return {name: score(each) for name, each in watched.items()} | _scored_together(
+        model, [group for group in groups if isinstance(group, ChannelGroup)], data, seed, score
+    )
+
+
+def _scored_together(
     model: nn.Module, groups: Sequence[ChannelGroup], data: Sequence[Any], seed: int, score: Callable[[_Seen], Tensor]
 ) -> dict[str, Tensor]:
-    seen = _observed(model, {group.name: _holder(group) for group in groups}, data, seed)
+    seen = _observed(model, {group.name: _holder(group) for group in groups}, data, seed) if groups else {}
     scores: dict[str, Tensor] = {}
     for group in groups:
         units = group.units_along(_matrices(group)[0])

@@ -16,6 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -30,6 +31,11 @@ Function = Callable[..., dict[str, Tensor]]
 
 _SUPPLIED = ("data", "loss", "seed")
 _CRITERIA: dict[str, Criterion] = {}
+# What others call them.
+_OTHER_WORDS = {
+    "l1": "'magnitude'", "l2": "'magnitude' with criterion_options={'norm': 2}", "norm": "'magnitude'",
+    "bn": "'norm-scale'", "slimming": "'norm-scale'", "hessian": "'obs'", "gradient": "'taylor'",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class Criterion:
         kind: "elementwise" (a saliency per tensor entry, lifted by the face) or "unit" (a score per unit).
         needs: of "inputs" (one batch, for its shape only), "data" (batches) and "labels" (a loss on them).
         groups: the groups for which it makes sense: of "weight", "channel", "layer" and, for what makes sense
-            for no other channel, "expert".
+            for no other channel, "expert" and "embedding".
         signed: whether scores may be negative; then no mean, sum or maximum of them is a scale.
         lift: defaults of the lifting options.
         fixed: lifting options that belong to the definition, so that the caller cannot set them; of a "unit"
@@ -55,7 +61,7 @@ class Criterion:
     function: Function
     kind: Literal["elementwise", "unit"] = "elementwise"
     needs: tuple[Need, ...] = ()
-    groups: tuple[Literal["weight", "channel", "layer", "expert"], ...] = ("weight", "channel", "layer")
+    groups: tuple[Literal["weight", "channel", "layer", "expert", "embedding"], ...] = ("weight", "channel", "layer")
     signed: bool = False
     lift: Lift = field(default_factory=Lift)
     fixed: tuple[str, ...] = ()
@@ -75,16 +81,15 @@ class Criterion:
     @property
     def options(self) -> tuple[str, ...]:
         """Names of the criterion's own options, apart from those of the lifting."""
-        return tuple(
-            p.name
-            for p in inspect.signature(self.function).parameters.values()
-            if p.kind is p.KEYWORD_ONLY and p.name not in _SUPPLIED
-        )
+        return tuple(p.name for p in self._parameters.values() if p.kind is p.KEYWORD_ONLY and p.name not in _SUPPLIED)
 
     def accepts(self, keyword: str) -> bool:
         """Whether the function can be given `keyword`."""
-        parameters = inspect.signature(self.function).parameters
-        return keyword in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        return keyword in self._parameters or any(p.kind is p.VAR_KEYWORD for p in self._parameters.values())
+
+    @cached_property
+    def _parameters(self) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(self.function).parameters
 
     def evaluate(self, model: nn.Module, subject: Sequence[Any], supplied: Mapping[str, Any]) -> dict[str, Tensor]:
         """The function's result for `subject` (names or groups), given of `supplied` only the keywords it can take."""
@@ -114,6 +119,8 @@ def get_criterion(name: str) -> Criterion:
         OptionError: there is none; the message has the nearest three names.
     """
     if name not in _CRITERIA:
+        if name in _OTHER_WORDS:
+            raise OptionError(f"unknown criterion {name!r}; here it is {_OTHER_WORDS[name]}.")
         raise unknown_name("criterion", name, _CRITERIA)
     return _CRITERIA[name]
 

@@ -7,9 +7,10 @@ shared again.
 
     {"uses": [names of classes and functions], "modules": {"": tree, "$hidden.0": tree …}, "tensors": {name: entry}}
 
-A tree is `{"class", "training", "attributes", "parameters", "buffers", "non_persistent", "load_hooks", "children"}`;
-empty parts are left out. A module that is held outside the tree (in a plain list, say) is a tree of its own under
-`$hidden`. Parameters and buffers name their entry among the tensors.
+A tree is `{"class", "training", "attributes", "parameters", "buffers", "non_persistent", "load_hooks", "parametrized",
+"children"}`; empty parts are left out. A module that is held outside the tree (in a plain list, say) is a tree of its
+own under `$hidden`. Parameters and buffers name their entry among the tensors. A parametrized module has the class that
+it had before; what its tensors are made by are its children, as PyTorch keeps them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from ..core.errors import FileError
 from . import quirks
@@ -41,7 +41,7 @@ _HOOKS = (
     "_state_dict_hooks",
     "_load_state_dict_post_hooks",
 )
-_TREE = ("training", "attributes", "parameters", "buffers", "non_persistent", "load_hooks", "children")
+_TREE = ("training", "attributes", "parameters", "buffers", "non_persistent", "load_hooks", "parametrized", "children")
 _MOST_FAULTS = 8
 
 
@@ -145,11 +145,12 @@ class _Encoder:
             "buffers": self._named_tensors(path, module, module._buffers),
             "non_persistent": sorted(module._non_persistent_buffers_set),
             "load_hooks": [],
+            "parametrized": quirks.parametrized(module),
             "children": {},
         }
         if not obstacles:
             with self._at(place):
-                node["class"] = self.write.name(type(module))
+                node["class"] = self.write.name(quirks.own_class(module))
         self._queue.append((path, module, node))
         for name, child in module._modules.items():
             node["children"][name] = self._child(_join(path, name), child)
@@ -193,11 +194,8 @@ def _place(path: str, module: nn.Module) -> str:
 
 def _obstacles(module: nn.Module) -> Iterator[str]:
     """Why the module is more than its attributes, tensors and children."""
-    home = type(module).__module__
-    if parametrize.is_parametrized(module):
-        names = ", ".join(name for name, _ in module.get_submodule("parametrizations").named_children())
-        yield f"{names} is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
-    elif home.startswith("torch._dynamo"):
+    home = quirks.own_class(module).__module__
+    if home.startswith("torch._dynamo"):
         yield "it is a compiled model; save its ._orig_mod"
     elif isinstance(module, torch.jit.ScriptModule):
         yield "it is a TorchScript module; save the model that it was made from"
@@ -248,7 +246,8 @@ def decode(
         decoder.attributes(module, node)
     for name, entry in skeleton["tensors"].items():
         vars(decoder.tensors[name]).update(decoder.named(entry.get("attributes", {})))
-    for module, _ in decoder.made:
+    for module, node in decoder.made:
+        quirks.parametrize_again(module, node.get("parametrized", ()))
         quirks.wake(module)
     return decoder.module("")
 

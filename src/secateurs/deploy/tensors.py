@@ -123,7 +123,7 @@ def _fault(tensor: Tensor) -> str | None:
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
         return "it is sparse, quantized or nested; convert it with to_dense() or dequantize()"
     if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
-        return "it has gradient hooks; remove them with handle.remove()"
+        return "it has gradient hooks; remove them: handle.remove(), of train.Masks remove(), of a pruner finalize()"
     if not tensor.is_leaf:
         return "it is part of an autograd graph; detach() it"
     return None

@@ -13,17 +13,22 @@ from torch import Tensor, nn
 
 from ..core.batch import call, device_of, move
 from ..core.dims import kept
-from ..core.errors import PlanError, ProofError
+from ..core.errors import DataError, ModelError, PlanError, ProofError
 from ..core.units import Group
 from .compact import Reference, as_is, taken
 from .fallback import install
 from .layers import LayerStructure, without
+from .lengths import WeightNorm, adjusted
 from .mend import apply_edits
+from .mixtures import ExpertStructure, without_experts
+from .numbers import renumber
 from .run import output_tensors, running
 from .structure import Structure, fingerprint
 from .twin import attention_swaps, named_tensors, swap_attention, twin
 
-__all__ = ["cut", "element_masks", "mask", "prove"]
+__all__ = ["AnyStructure", "cut", "element_masks", "mask", "prove"]
+
+AnyStructure = Structure | LayerStructure | ExpertStructure
 
 # Float32 sums in another order differ by about this much; a larger difference is judged again, more closely.
 _QUICK = 1e-5
@@ -58,14 +63,18 @@ def mask(model: nn.Module, groups: Sequence[Group], keep: Mapping[str, Tensor]) 
     masks = element_masks(groups, keep, shapes)
     own = dict(model.named_parameters())
     with torch.no_grad():
-        return twin(model, {name: own[name].detach() * m.to(own[name].device) for name, m in masks.items()})
+        zeroed = {name: own[name].detach() * m.to(own[name].device) for name, m in masks.items()}
+        lengths = adjusted(model, lambda norm, whole: zeroed.get(norm.direction, whole))
+        for name, length in lengths.items():
+            zeroed[name] = length * masks[name].to(length) if name in masks else length
+        return twin(model, zeroed)
 
 
-def cut(model: nn.Module, structure: Structure | LayerStructure, keep: Mapping[str, Tensor]) -> nn.Module:
+def cut(model: nn.Module, structure: AnyStructure, keep: Mapping[str, Tensor]) -> nn.Module:
     """A smaller copy of `model`: removed units are sliced out of every tensor, or layers left out; integers follow.
 
     Args:
-        structure: from `infer` or `depth.infer_layers` on a model of the same shapes.
+        structure: from `infer` `depth.infer_layers` or `experts.infer_experts` on a model of the same shapes.
         keep: bool [units] for each group; a group without one stays whole.
 
     Raises:
@@ -74,23 +83,42 @@ def cut(model: nn.Module, structure: Structure | LayerStructure, keep: Mapping[s
     check_fits(model, structure)
     if isinstance(structure, LayerStructure):
         return without(model, structure, keep)
+    if isinstance(structure, ExpertStructure):
+        return without_experts(model, structure.mixtures, keep)
     counts = {name: int(m.sum()) for name, m in keep.items()}
     sliced: dict[str, Tensor] = {}
     with torch.no_grad():
+        lengths = adjusted(model, lambda norm, whole: _without_entries(norm, whole, structure, keep))
         for name, tensor in named_tensors(model):
-            if name in structure.tensors:
-                less = taken(tensor.detach(), [kept(d, keep) for d in structure.tensors[name]])
-                sliced[name] = less.clone(memory_format=torch.contiguous_format)
+            if name in structure.tensors or name in lengths:
+                whole = lengths.get(name, tensor.detach())
+                less = taken(whole, [kept(d, keep) for d in structure.tensors.get(name, ())])
+                shared = less.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+                layout = _layout(tensor)
+                sliced[name] = less.clone(memory_format=layout) if shared else less.contiguous(memory_format=layout)
     smaller = twin(model, sliced)
     changed = [n for n, t in named_tensors(model) if n in sliced and sliced[n].shape != t.shape]
     inside = [p for p in attention_swaps(model) if any(n.startswith(f"{p}." if p else "") for n in changed)]
     swap_attention(smaller, inside)
     install(smaller, structure.recorded)
     apply_edits(smaller, structure.edits, counts)
+    renumber(smaller, structure.numbers, keep)
     return smaller
 
 
-def check_fits(model: nn.Module, structure: Structure | LayerStructure) -> None:
+def _layout(tensor: Tensor) -> torch.memory_format:
+    """Channels last where it is so laid out; a few shapes are both, and in order."""
+    last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last and not tensor.is_contiguous() else torch.contiguous_format
+
+
+def _without_entries(norm: WeightNorm, whole: Tensor, structure: Structure, keep: Mapping[str, Tensor]) -> Tensor:
+    """A direction without what goes off the axis of its lengths."""
+    stays = [kept(dim, keep) for dim in structure.tensors.get(norm.direction, ())]
+    return taken(whole, [torch.ones_like(k) if axis == norm.axis else k for axis, k in enumerate(stays)])
+
+
+def check_fits(model: nn.Module, structure: AnyStructure) -> None:
     """Refuse a model of other names or shapes than the structure was inferred from.
 
     Raises:
@@ -117,6 +145,8 @@ def prove(
     example_inputs: Any,
     reference: Reference = as_is,
     original: Callable[[str], str] = str,
+    recode: Callable[[Any], Any] = lambda inputs: inputs,
+    outputs: Mapping[int, Sequence[Tensor]] | None = None,
 ) -> float:
     """The largest relative difference between two forms of one decision, over outputs and inner activations.
 
@@ -128,36 +158,77 @@ def prove(
     Args:
         reference: how the masked model is run; see `compact.on_kept`.
         original: from the path of a module in the cut model to its path in the masked one.
+        recode: from inputs of the masked model to those of the cut one, in which ids may have other numbers.
+        outputs: of outputs that are smaller in the cut model, by number, bool masks of what it keeps, one an axis.
 
     Raises:
         ProofError: the cut model does not run, or the outputs differ in number, in shape or in value.
+        DataError: the outputs are empty, or NaN throughout, and would agree with any.
+        ModelError: the masked model does not run on the inputs.
     """
-    error, where = _difference(masked, smaller, example_inputs, reference, original)
+    terms = _Terms(reference, original, recode, outputs or {})
+    try:
+        error, where = _difference(masked, smaller, example_inputs, terms)
+    except (NotImplementedError, RuntimeError, TypeError) as failure:
+        raise ModelError(
+            f"the model does not run on the plan's example inputs ({type(failure).__name__}: {failure}), so that a cut "
+            "cannot be proven; give it the dtype and device that it was planned with."
+        ) from failure
     if error <= _QUICK:
         return error
     for dtype, allowed in _CLOSER.items():
         pair = _cast(masked, dtype), _cast(smaller, dtype)
         try:
-            error, where = _difference(*pair, _cast_tree(example_inputs, dtype), reference, original)
+            error, where = _difference(*pair, _cast_tree(example_inputs, dtype), terms)
         except (RuntimeError, TypeError):
             continue
         if error <= allowed:
             return error
         break
+    advice = "Please report this model; ignore= leaves the layers involved alone."
+    if _draws(masked, example_inputs, reference):
+        advice = (
+            "Even in evaluation mode the model draws random numbers, of which a smaller one draws others: turn that "
+            "off, as in F.dropout(x, training=self.training)."
+        )
     raise ProofError(
         f"the cut model and the masked original differ by {error:.2e} in {where} (allowed {_CLOSER[torch.float64]:.0e} "
-        "of its spread), so the cut is not used. Please report this model; ignore= leaves the layers involved alone."
+        f"of its spread), so the cut is not used. {advice}"
     )
 
 
-def _difference(
-    masked: nn.Module, smaller: nn.Module, inputs: Any, reference: Reference, original: Callable[[str], str]
-) -> tuple[float, str]:
-    wanted = _witnesses(masked, inputs, reference)
-    got = _witnesses_of_cut(smaller, inputs, original)
+def _draws(model: nn.Module, inputs: Any, reference: Reference) -> bool:
+    """Whether the model's outputs depend on the state of the random numbers."""
+    runs: list[list[Tensor]] = []
+    for seed in (1, 2):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            runs.append([w.values for w in _witnesses(model, inputs, reference).outputs])
+    return not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(*runs, strict=True))
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """On what terms two forms are compared; see `prove`."""
+
+    reference: Reference
+    original: Callable[[str], str]
+    recode: Callable[[Any], Any]
+    outputs: Mapping[int, Sequence[Tensor]]
+
+
+def _difference(masked: nn.Module, smaller: nn.Module, inputs: Any, terms: _Terms) -> tuple[float, str]:
+    wanted = _witnesses(masked, inputs, terms.reference)
+    if not any(bool(w.values.isfinite().any()) for w in wanted.outputs):
+        raise DataError(
+            "the model's outputs on the example inputs hold no finite number, so that a cut cannot be proven; give "
+            "inputs as the model will see them: at least one, without NaN."
+        )
+    got = _witnesses_of_cut(smaller, terms.recode(inputs), terms.original)
     if len(wanted.outputs) != len(got.outputs):
         raise ProofError(f"the cut model has {len(got.outputs)} outputs, the original {len(wanted.outputs)}.")
-    pairs = {f"output {i}": pair for i, pair in enumerate(zip(wanted.outputs, got.outputs, strict=True))}
+    less = [_less(w, terms.outputs[i]) if i in terms.outputs else w for i, w in enumerate(wanted.outputs)]
+    pairs = {f"output {i}": pair for i, pair in enumerate(zip(less, got.outputs, strict=True))}
     for name, (a, b) in pairs.items():
         if a.shape != b.shape:
             raise ProofError(f"{name} of the cut model has shape {list(b.shape)}, of the original {list(a.shape)}.")
@@ -196,6 +267,10 @@ def _witness(tensor: Tensor, sample: bool) -> _Witness:
     if sample and flat.numel() > _SAMPLE:
         flat = flat[:: flat.numel() // _SAMPLE]
     return _Witness(tensor.shape, (torch.view_as_real(flat).flatten() if flat.is_complex() else flat).double().clone())
+
+
+def _less(whole: _Witness, keeps: Sequence[Tensor]) -> _Witness:
+    return _witness(taken(whole.values.view(whole.shape), keeps), sample=False)
 
 
 def _witnesses_of_cut(model: nn.Module, inputs: Any, original: Callable[[str], str]) -> _Witnesses:
@@ -255,7 +330,8 @@ def _cast_tree(inputs: Any, dtype: torch.dtype) -> Any:
     if isinstance(inputs, Tensor):
         return inputs.to(dtype) if inputs.is_floating_point() else inputs
     if isinstance(inputs, (tuple, list)):
-        return (list if isinstance(inputs, list) else tuple)(_cast_tree(v, dtype) for v in inputs)
+        cast = [_cast_tree(v, dtype) for v in inputs]
+        return type(inputs)(*cast) if hasattr(inputs, "_fields") else type(inputs)(cast)
     if hasattr(inputs, "items"):
         return {k: _cast_tree(v, dtype) for k, v in inputs.items()}
     return inputs

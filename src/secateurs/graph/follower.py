@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from ..core.batch import call
+from ..core.batch import call, device_of
 from ..core.dims import Dim, size
 from .run import execute, running, tensors_in
 from .trace import UNRECORDED, Seen, Span, Trace, base_name, bound, numbers
@@ -54,8 +54,10 @@ def follow(model: nn.Module, inputs: Any, trace: Trace, sized: Callable[[Dim], i
         inputs: on the device of the run.
         sized: the size that the types predict for a dimension.
     """
-    follower = _Follower(trace, sized)
-    guarded = {} if trace.real else {p: m for p, m in model.named_modules() if p in trace.spans}
+    follower = _Follower(trace, sized, device_of(model))
+    # What a hook does after the forward is of the span, too: such a module fails as a part of the one around it.
+    calm = {p: m for p, m in model.named_modules() if p in trace.spans and not m._forward_hooks}
+    guarded = {} if trace.real else calm
     with unchanged(model), running(model):
         for path, module in guarded.items():
             _guard(model, path, module, follower)
@@ -71,9 +73,10 @@ def follow(model: nn.Module, inputs: Any, trace: Trace, sized: Callable[[Dim], i
 class _Follower(TorchDispatchMode):
     """Compares each op with the recorded one; where it fails or gives another shape, goes on with the predicted one."""
 
-    def __init__(self, trace: Trace, sized: Callable[[Dim], int]) -> None:
+    def __init__(self, trace: Trace, sized: Callable[[Dim], int], device: torch.device) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # PyTorch leaves it unannotated
         self.misses = Misses()
+        self._device = device
         self.at = 0
         self.trace = trace
         self._sized = sized
@@ -81,11 +84,14 @@ class _Follower(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._making or base_name(func) in UNRECORDED:
+        if self._making:
+            return func(*args, **kwargs)
+        name = base_name(func)
+        if name in UNRECORDED:
             return execute(func, args, kwargs)
         ops = self.trace.ops
-        if self.at >= len(ops) or _plain(ops[self.at].name) != _plain(base_name(func)):
-            raise _Stop(f"it calls {base_name(func)} where it did not before")
+        if self.at >= len(ops) or _plain(ops[self.at].name) != _plain(name):
+            raise _Stop(f"it calls {name} where it did not before")
         number, self.at = self.at, self.at + 1
         record = ops[number]
         ints, factors = numbers(func, bound(func, args, kwargs))
@@ -136,7 +142,9 @@ class _Follower(TorchDispatchMode):
     def _instead(self, func: Any, number: int, expected: tuple[tuple[int, ...], ...]) -> Any:
         self.misses.shapes.append(number)
         dtypes = self.trace.ops[number].dtypes
-        made = [torch.empty(s, dtype=d, device="meta") for s, d in zip(expected, dtypes, strict=True)]
+        # Where everything is run, it goes on with zeros in the place of shapes.
+        device = self._device if self.trace.real else "meta"
+        made = [torch.zeros(s, dtype=d, device=device) for s, d in zip(expected, dtypes, strict=True)]
         returns = func._schema.returns
         if any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments):
             raise _Stop(f"an in-place op of another shape: {self.trace.ops[number].name}")
@@ -179,14 +187,14 @@ def _guard(model: nn.Module, path: str, module: nn.Module, follower: _Follower) 
 
 # Modules of these files take every size that a cut can change from their tensors, or from integers that mend knows.
 _SIZELESS = (
-    "linear", "conv", "batchnorm", "instancenorm", "pooling", "dropout", "normalization", "sparse", "container",
+    "linear", "conv", "batchnorm", "instancenorm", "pooling", "dropout", "sparse", "container",
 )  # fmt: skip
 
 
 def _sizeless(module: nn.Module) -> bool:
     """Whether a module of PyTorch's needs no rehearsal: no code of a user's, and none that hard-wires sizes."""
     package, _, file = type(module).__module__.rpartition(".")
-    plain = file in _SIZELESS or (file == "activation" and next(module.parameters(), None) is None)
+    plain = file in _SIZELESS or file == ("activation" if next(module.parameters(), None) is None else "normalization")
     hooked = module._forward_hooks or module._forward_pre_hooks
     return package == "torch.nn.modules" and plain and not hooked and all(map(_sizeless, module.children()))
 
@@ -194,5 +202,7 @@ def _sizeless(module: nn.Module) -> bool:
 def _raised_in(model: nn.Module, error: Exception) -> str:
     """The path of the innermost module whose code was running when `error` was raised."""
     paths = {id(m): path for path, m in model.named_modules()}
-    owners = [id(frame.f_locals.get("self")) for frame, _ in walk_tb(error.__traceback__)]
+    # The first argument of a method is its owner, whatever it is called.
+    firsts = [(frame.f_code.co_varnames[:1], frame.f_locals) for frame, _ in walk_tb(error.__traceback__)]
+    owners = [id(held.get(name)) for names, held in firsts for name in names]
     return next((paths[owner] for owner in reversed(owners) if owner in paths), "")

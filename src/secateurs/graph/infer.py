@@ -4,30 +4,36 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from ..core.cost import CostModel, Monomial, gather
 from ..core.dims import Atom, Concat, Dim, Fixed, Product, atoms, size, substitute
 from ..core.errors import unknown_name
 from ..core.units import ChannelGroup, Member
+from .embedding import settle, sizes_to_follow, with_ids
 from .fallback import install, recordings
+from .lengths import weight_norms
 from .mend import holds, leaf_edits
 from .rehearse import rehearse
 from .structure import Frozen, Structure, fingerprint
-from .trace import DECISIVE, Trace
+from .trace import DECISIVE, Seen, Trace
 from .tracing import trace_model
 from .twin import named_tensors, twin
+from .vocabulary import Vocabulary, find_vocabulary
 
 __all__ = ["DEFAULT_KINDS", "KINDS", "infer"]
 
-KINDS = ("channel", "head", "head-size", "expert")
+KINDS = ("channel", "head", "head-size", "expert", "embedding")
 DEFAULT_KINDS = ("channel", "head")
 # With less than this share of the parameters along neutral widths, the others are offered, too.
 _ENOUGH = 0.4
+# Where PyTorch keeps what the weight of a layer is made from.
+_PARAMETRIZED = ".parametrizations."
 
 
 def infer(
@@ -43,7 +49,7 @@ def infer(
     Args:
         model: any module whose forward runs on the example inputs.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keywords.
-        kinds: which units to offer: "channel", "head", "head-size", "expert".
+        kinds: which units to offer: "channel", "head", "head-size", "expert", "embedding".
         entangled: also offer widths whose removal differs from zeroing, such as one a layer norm runs over. Default:
             only where the other widths make up less than two fifths of the parameters.
         record: where Python code stands in the way, find out whether more can go with a recording of it, which the cut
@@ -89,16 +95,31 @@ def _inferred_once(
     model: nn.Module, example_inputs: Any, wanted: frozenset[str], entangled: bool
 ) -> tuple[Structure, frozenset[str], bool]:
     """What can go, the modules whose code stands in the way, and whether the trace was on real tensors."""
-    traces = trace_model(model, example_inputs)
+    vocabulary = find_vocabulary(model, example_inputs) if "embedding" in wanted else Vocabulary()
+    traces = trace_model(model, example_inputs, vocabulary)
     trace = traces[0]
     _freeze_unseen(model, trace)
+    settle(model, example_inputs, trace, vocabulary)
     kind_of = _kinds(trace)
     _freeze_deselected(trace, kind_of, wanted, entangled)
     for key in [key for key, dim in trace.edits.items() if not holds(model, key, size(dim))]:
         del trace.edits[key]
-    trace.edits.update(leaf_edits(model, {n: k.dims for n, k in trace.params.items()}, trace.edits))
+    trace.edits.update(leaf_edits(model, _weights(model, trace), trace.edits))
+    trace.edits.update(sizes_to_follow(model, trace) if trace.ids else {})
     blamed = rehearse(model, example_inputs, traces)
-    return _reify(model, trace, kind_of), blamed, trace.real
+    structure, rename = _reify(model, trace, kind_of)
+    if trace.ids:
+        structure = with_ids(structure, model, example_inputs, trace, vocabulary, rename)
+    return structure, blamed, trace.real
+
+
+def _weights(model: nn.Module, trace: Trace) -> dict[str, tuple[Dim, ...]]:
+    """The types of all parameters and buffers, and of what parametrizations make, under the name that it then has."""
+    types = {name: kind.dims for name, kind in trace.params.items()}
+    for path, spans in trace.spans.items():
+        if isinstance(model.get_submodule(path), ParametrizationList) and isinstance(spans[0].output, Seen):
+            types[f".{path}".replace(_PARAMETRIZED, ".")[1:]] = spans[0].output.dims
+    return types
 
 
 def _freeze_unseen(model: nn.Module, trace: Trace) -> None:
@@ -123,7 +144,8 @@ def _freeze_deselected(trace: Trace, kind_of: Mapping[str, str], kinds: frozense
     for atom in live.values():
         kind = kind_of.get(atom.name, "channel")
         if kind not in kinds:
-            solver.freeze(atom, f"a {kind} unit, and only {', '.join(sorted(kinds))} were asked for")
+            article = "an" if kind[0] in "aeiou" else "a"
+            solver.freeze(atom, f"{article} {kind} unit, and only {', '.join(sorted(kinds))} were asked for")
         elif atom.name in tangled and not entangled:
             solver.freeze(atom, f"removing differs from zeroing: {tangled[atom.name]}")
     _freeze_blocks(trace)
@@ -181,7 +203,7 @@ def _freeze_squares(trace: Trace, dim: Dim) -> None:
 def _kinds(trace: Trace) -> dict[str, str]:
     """Heads are what attention batches over; head sizes are what it contracts or passes within one of several heads.
 
-    Experts are what positions are chosen from.
+    Experts are what positions are chosen from, rows of embeddings what ids are positions in.
     """
     heads: dict[str, str] = {}
     sizes: dict[str, str] = {}
@@ -190,11 +212,13 @@ def _kinds(trace: Trace) -> dict[str, str]:
         heads.update(dict.fromkeys(found, "head"))
         for dim in others if found else ():
             sizes.update((a.name, "head-size") for a in atoms(trace.solver.resolve(dim)))
-    experts = {a.name: "expert" for choice in trace.chosen for a in atoms(trace.solver.resolve(choice.dim))}
-    return sizes | heads | experts
+    # Of a maximum often only the value is used, and nothing is looked up.
+    experts = {a.name: "expert" for dim in trace.pointed for a in atoms(trace.solver.resolve(dim))}
+    return sizes | heads | experts | dict.fromkeys(trace.numbered(), "embedding")
 
 
-def _reify(model: nn.Module, trace: Trace, kind_of: Mapping[str, str]) -> Structure:
+def _reify(model: nn.Module, trace: Trace, kind_of: Mapping[str, str]) -> tuple[Structure, Callable[[Dim], Dim]]:
+    """The structure, and the function that gives a dimension of the trace its public names."""
     solver = trace.solver
     resolved = {name: tuple(solver.resolve(d) for d in kind.dims) for name, kind in trace.params.items()}
     parameters = {name for name, _ in model.named_parameters()}
@@ -216,13 +240,15 @@ def _reify(model: nn.Module, trace: Trace, kind_of: Mapping[str, str]) -> Struct
         return substitute(solver.resolve(dim), public)
 
     tensors = {name: tuple(rename(d) for d in kind.dims) for name, kind in trace.params.items()}
+    # A direction has no size along the axis of its lengths.
+    unsized = {(norm.direction, norm.axis) for norm in weight_norms(model)}
     wanted, least = trace.multiples(), trace.fewest()
     groups = tuple(
         ChannelGroup(names[a], size_, kind_of.get(a, "channel"), members, wanted.get(a, 1), least.get(a, 1))
-        for a, size_, members in _members(tensors, trace, {public: a for a, public in names.items()})
+        for a, size_, members in _members(tensors, trace, {public: a for a, public in names.items()}, unsized)
     )
     live = {g.name for g in groups}
-    return Structure(
+    structure = Structure(
         groups=groups,
         tensors={n: dims for n, dims in tensors.items() if any(True for d in dims for _ in atoms(d))},
         edits={k: rename(d) for k, d in trace.edits.items() if any(a.name in live for a in atoms(rename(d)))},
@@ -234,6 +260,7 @@ def _reify(model: nn.Module, trace: Trace, kind_of: Mapping[str, str]) -> Struct
             op for op in (op.mapped(lambda dim: _only(rename(dim), live)) for op in trace.doubted) if op.live
         ),
     )
+    return structure, rename
 
 
 def _only(dim: Dim, live: set[str]) -> Dim:
@@ -251,20 +278,31 @@ def _names(resolved: Mapping[str, tuple[Dim, ...]], trace: Trace, parameters: se
                 continue
             for atom in atoms(dim):
                 if atom.name not in names:
-                    base = tensor.rpartition(".")[0] or tensor
+                    base = _layer(tensor) or tensor
                     taken[base] = taken.get(base, 0) + 1
                     names[atom.name] = base if taken[base] == 1 else f"{base}#{taken[base]}"
     return names
 
 
+def _layer(tensor: str) -> str:
+    """The path of the layer that a parameter belongs to."""
+    layer, parametrized, _ = f".{tensor}".partition(_PARAMETRIZED)
+    return layer[1:] if parametrized else tensor.rpartition(".")[0]
+
+
 def _members(
-    tensors: Mapping[str, tuple[Dim, ...]], trace: Trace, atom_of: Mapping[str, str]
+    tensors: Mapping[str, tuple[Dim, ...]],
+    trace: Trace,
+    atom_of: Mapping[str, str],
+    unsized: Container[tuple[str, int]],
 ) -> Iterator[tuple[str, int, tuple[Member, ...]]]:
-    """Each atom that can go, with its size and every axis that carries it."""
+    """Each atom that can go, with its size and every axis that carries it but those in `unsized`."""
     members: dict[str, list[Member]] = {}
     sizes: dict[str, int] = {}
     for tensor, dims in tensors.items():
         for axis, dim in enumerate(dims):
+            if (tensor, axis) in unsized:
+                continue
             role: Literal["in", "out"] = "in" if (tensor, axis) in trace.contracted else "out"
             for atom in {a.name: a for a in atoms(dim)}.values():
                 sizes[atom.name] = atom.n

@@ -25,6 +25,7 @@ __all__ = [
     "LayerStructure",
     "drop",
     "layer_groups",
+    "located",
     "original_paths",
     "pass_on",
     "renumbered",
@@ -257,7 +258,7 @@ def _changes(
             yield _counted(model, key, len(lost[path]))
     for key, path in edits.listed.items():
         if path in lost:
-            holder, name = _holder(model, key)
+            holder, name = located(model, key)
             places = zip(getattr(holder, name), containers[path]._modules, strict=True)
             yield holder, name, type(getattr(holder, name))(v for v, child in places if child not in lost[path])
     for path, container in containers.items():
@@ -273,11 +274,11 @@ _ITEM = re.compile(r"(.*)\[(\d+)\]")
 
 def _counted(model: nn.Module, key: str, fewer: int) -> tuple[Any, str, Any]:
     if item := _ITEM.fullmatch(key):
-        holder, name = _holder(model, item[1])
+        holder, name = located(model, item[1])
         values = list(getattr(holder, name))
         values[int(item[2])] -= fewer
         return holder, name, type(getattr(holder, name))(values)
-    holder, name = _holder(model, key)
+    holder, name = located(model, key)
     return holder, name, getattr(holder, name) - fewer
 
 
@@ -289,7 +290,8 @@ def _numbered(block: nn.Module, attributes: Iterable[str], before: int) -> Itera
             yield modules[path], name, getattr(modules[path], name) - before
 
 
-def _holder(model: nn.Module, key: str) -> tuple[Any, str]:
+def located(model: nn.Module, key: str) -> tuple[Any, str]:
+    """What holds the attribute that `key` (attributes from the model on, joined with dots) leads to, and its name."""
     *path, name = key.split(".")
     holder: Any = model
     for part in path:

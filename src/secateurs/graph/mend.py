@@ -9,7 +9,7 @@ from torch import nn
 
 from ..core.dims import Dim, Fixed, product, size
 
-__all__ = ["apply_edits", "holds", "leaf_edits", "matching_attributes"]
+__all__ = ["apply_edits", "holder_at", "holds", "leaf_edits", "matching_attributes"]
 
 
 def leaf_edits(model: nn.Module, tensors: Mapping[str, tuple[Dim, ...]], groups: Mapping[str, Dim]) -> dict[str, Dim]:
@@ -79,7 +79,15 @@ def apply_edits(model: nn.Module, edits: Mapping[str, Dim], counts: Mapping[str,
     """Set every integer to the size of its dimension with `counts[group]` units kept, in place."""
     for key, dim in edits.items():
         path, _, attribute = key.rpartition(".")
-        _set(model.get_submodule(path), attribute, size(dim, counts))
+        _set(holder_at(model, path), attribute, size(dim, counts))
+
+
+def holder_at(model: nn.Module, path: str) -> Any:
+    """What `path` leads to, a module or a config that one holds."""
+    holder: Any = model
+    for part in path.split(".") if path else ():
+        holder = getattr(holder, part)
+    return holder
 
 
 def _set(module: nn.Module, attribute: str, value: int) -> None:

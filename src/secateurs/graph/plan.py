@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,15 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from ..core.cost import CostModel
-from ..core.errors import FileError, PlanError, ProofError
+from ..core.errors import FileError, OptionError, PlanError, ProofError
+from ..core.ids import Recoded, recoded
 from ..core.plan import Plan, Recipe, pack, unpack
 from ..core.state import read_state, write_state
 from ..core.units import Group, WeightGroup
+from ..core.wrapped import unwrapped
 from .biases import with_biases
 from .compact import on_kept
 from .config import mend_config
-from .cut import check_fits, cut, element_masks, mask, prove
+from .cut import AnyStructure, check_fits, cut, element_masks, mask, prove
 from .layers import LayerStructure, layer_groups, original_paths, skipped
+from .mixtures import ExpertStructure, expert_groups, never_known
 from .structure import Structure, fingerprint, long_names, short_names, substituted
 from .twin import named_tensors
 
@@ -28,23 +32,31 @@ __all__ = ["ModelPlan", "digest"]
 
 _KIND = "plan"
 _SAMPLE = 16_384
+_RUNS = 128
 
 
 def digest(model: nn.Module) -> str:
     """A digest of names, shapes, dtypes and values of all parameters and buffers.
 
-    It tells one training state from another, not one tampered weight: of large tensors it reads 16,384 values, evenly
-    spread, since hashing all of a model can take longer than pruning it. Tensors on meta have no values.
+    It tells one training state from another, not one tampered weight: of large tensors it reads 16,384 values in runs,
+    evenly spread, since hashing all of a model can take longer than pruning it. Tensors on meta have no values.
     """
     sha = hashlib.sha256()
     for name, tensor in sorted(named_tensors(model), key=lambda item: item[0]):
         sha.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         if tensor.is_meta:
             continue
-        values = tensor.detach().flatten()
-        sampled = values[:: max(1, -(-values.numel() // _SAMPLE))].cpu().contiguous()
+        sampled = _sample(tensor.detach().flatten()).cpu().contiguous()
         sha.update(sampled.view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
+
+
+def _sample(values: Tensor) -> Tensor:
+    """All of a few values; of many, runs of neighbours, which are read much faster than single ones far apart."""
+    if values.numel() <= _SAMPLE:
+        return values
+    rows = values[: values.numel() // _RUNS * _RUNS].view(_RUNS, -1)
+    return rows[:, : _SAMPLE // _RUNS]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,11 +73,12 @@ class ModelPlan(Plan):
 
     fingerprint: str = ""
     digest: str = ""
-    structure: Structure | LayerStructure | None = None
+    structure: AnyStructure | None = None
     example_inputs: Any = None
 
     def masks(self, model: nn.Module) -> dict[str, Tensor]:
         """For each parameter that is touched, the bool mask of the entries that stay, in its shape."""
+        model = unwrapped(model)
         groups = self.suited(model).groups
         return element_masks(groups, self.keep, {n: p.shape for n, p in model.named_parameters()})
 
@@ -77,6 +90,7 @@ class ModelPlan(Plan):
         Raises:
             PlanError: the plan is for another model.
         """
+        model = unwrapped(model)
         self.check(model)
         if isinstance(self.structure, LayerStructure):
             return skipped(model, self.structure, self.keep)
@@ -93,6 +107,7 @@ class ModelPlan(Plan):
 
     def proven_cut(self, model: nn.Module) -> tuple[nn.Module, float]:
         """The cut model, and the largest relative difference that the proof found; see `cut`."""
+        model = unwrapped(model)
         self.check(model)
         if self.structure is None:
             raise PlanError(
@@ -106,16 +121,59 @@ class ModelPlan(Plan):
         if isinstance(structure, LayerStructure):
             original = original_paths(model, structure.gone(self.keep))
             return smaller, prove(masked, smaller, self.example_inputs, original=original)
-        proof = partial(prove, masked, smaller, self.example_inputs, on_kept(structure, self.keep))
-        undo = mend_config(smaller)
-        try:
-            return smaller, proof()
-        except ProofError:
-            if undo is None:
-                raise
-            undo()
-        # The config is as it was; the numbers that code reads from it at every run are not of its sizes.
-        return smaller, proof()
+        if isinstance(structure, ExpertStructure):
+            original = original_paths(model, structure.gone(self.keep))
+            reference = never_known(structure.mixtures, self.keep)
+            proof = partial(prove, model, smaller, self.example_inputs, reference, original)
+            return smaller, _with_config(smaller, proof)
+        proof = partial(
+            prove, masked, smaller, self.example_inputs, on_kept(structure, self.keep), recode=self.recode,
+            outputs=structure.kept_outputs(self.keep),
+        )  # fmt: skip
+        return smaller, _with_config(smaller, proof)
+
+    def kept_ids(self, group: str | None = None) -> Tensor:
+        """The ids that stay, in the old numbering: int64 [rows left], ascending. The new number of one is its place.
+
+        Args:
+            group: of granularity "embedding"; may be left out where there is one.
+
+        Raises:
+            OptionError: no such group, or several to choose from.
+        """
+        known = [g.name for g in self.groups if g.kind == "embedding"]
+        if group is None and len(known) == 1:
+            group = known[0]
+        if group is None or group not in known:
+            raise OptionError(f"kept_ids needs the name of one of the groups of ids: {', '.join(known) or 'none'}.")
+        return self.keep[group].cpu().nonzero().flatten()
+
+    def recode(self, inputs: Any, unknown: int | None = None) -> Any:
+        """Inputs of the original model as those of the cut one: ids of rows of embeddings get their new numbers.
+
+        Args:
+            inputs: a tensor, a tuple of positional arguments or a dict of keywords; labels that are ids, as those of a
+                language model, are renumbered under the name "labels", too. Negative ids stay.
+            unknown: the id (old number) that stands for ids that were removed. Default: that of the plan, if it has
+                one; else none may occur.
+
+        Raises:
+            DataError: an id was removed, and there is no `unknown`.
+        """
+        return recoded(inputs, self._places(), self.recipe.unknown if unknown is None else unknown)
+
+    def recode_batches(self, data: Any, unknown: int | None = None) -> Any:
+        """`data`, batches or a function from the number of a pass to batches, with the ids of each renumbered.
+
+        Batches are as in `core.batch`, `unknown` is as in `recode`. Of a plan without ids, `data` itself.
+        """
+        places = self._places()
+        if not places or data is None:
+            return data
+        return Recoded(data, places, self.recipe.unknown if unknown is None else unknown)
+
+    def _places(self) -> dict[str, Tensor]:
+        return self.structure.kept_ids(self.keep) if isinstance(self.structure, Structure) else {}
 
     def check(self, model: nn.Module, values: bool = False) -> None:
         """Refuse a model that the plan was not made for.
@@ -126,6 +184,7 @@ class ModelPlan(Plan):
         Raises:
             PlanError: says which tensor differs.
         """
+        model = unwrapped(model)
         structure = self.suited(model).structure
         if structure is not None:
             check_fits(model, structure)
@@ -168,7 +227,7 @@ class ModelPlan(Plan):
         """
         tree = read_state(path, _KIND)
         try:
-            structure: Structure | LayerStructure | None = None
+            structure: AnyStructure | None = None
             groups: tuple[Group, ...]
             found = tree["structure"]
             if found is None:
@@ -176,13 +235,16 @@ class ModelPlan(Plan):
                 groups = tuple(WeightGroup(n, tuple(s), (b[0], b[1]), *axis) for n, s, b, *axis in tree["groups"])
             elif "depth" in found:
                 groups = layer_groups(found)
+            elif "experts" in found:
+                groups = expert_groups(found)
             else:
                 structure = Structure.from_dict(found)
                 groups = structure.groups
             costs = CostModel.from_dict(tree["costs"], {f"g{i}": g.size for i, g in enumerate(groups)})
             costs = substituted(costs, long_names(groups))
             if found is not None and structure is None:
-                structure = LayerStructure.from_dict(found, costs)
+                kind = LayerStructure if "depth" in found else ExpertStructure
+                structure = kind.from_dict(found, costs)
             return cls(
                 groups=groups,
                 scores=tree["scores"],
@@ -196,6 +258,19 @@ class ModelPlan(Plan):
             )
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise FileError(f"{path} is not a plan that this release can read: {error!r}.") from error
+
+
+def _with_config(smaller: nn.Module, proof: Callable[[], float]) -> float:
+    """What the proof finds, with the config of the cut model mended where that is right."""
+    undo = mend_config(smaller)
+    try:
+        return proof()
+    except ProofError:
+        if undo is None:
+            raise
+        undo()
+    # The config is as it was; the numbers that code reads from it at every run are not of its sizes.
+    return proof()
 
 
 def _name_difference(model: nn.Module, groups: tuple[Any, ...]) -> None:

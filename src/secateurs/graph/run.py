@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -17,18 +18,22 @@ from .shortcuts import shortcut
 __all__ = ["Executing", "execute", "flat", "module_paths", "output_tensors", "place", "running", "tensors_in"]
 
 
-def flat(value: Any) -> Iterator[Any]:
+def flat(values: Iterable[Any]) -> list[Any]:
     """The values inside nested tuples and lists."""
-    if isinstance(value, (list, tuple)):
-        for v in value:
-            yield from flat(v)
-    else:
-        yield value
+    out: list[Any] = []
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            out += flat(value)
+        else:
+            out.append(value)
+    return out
 
 
 def tensors_in(value: Any) -> tuple[Tensor, ...]:
-    """The tensors inside nested tuples and lists."""
-    return tuple(v for v in flat(value) if isinstance(v, Tensor))
+    """The tensors inside nested tuples and lists, or the tensor that `value` is."""
+    if isinstance(value, Tensor):
+        return (value,)
+    return tuple([v for v in flat(value) if isinstance(v, Tensor)]) if isinstance(value, Iterable) else ()
 
 
 @contextmanager
@@ -61,6 +66,11 @@ def running(model: nn.Module) -> Iterator[Callable[[], str]]:
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        if any(isinstance(m, nn.LSTM) for m in model.modules()):
+            # On real tensors an LSTM is one fused kernel of its backend; without that it is the ops that rules know.
+            for backend in (torch.backends.mkldnn, torch.backends.cudnn):
+                stack.callback(backend.set_flags, backend.enabled)
+                backend.set_flags(False)
         yield stack.enter_context(module_paths(model))
 
 
@@ -71,7 +81,8 @@ def place(inputs: Any, device: torch.device | str) -> Any:
     if isinstance(inputs, Tensor):
         return inputs.to("meta") if inputs.is_floating_point() or inputs.is_complex() else inputs.cpu()
     if isinstance(inputs, (tuple, list)):
-        return (list if isinstance(inputs, list) else tuple)(place(v, device) for v in inputs)
+        placed = [place(v, device) for v in inputs]
+        return type(inputs)(*placed) if hasattr(inputs, "_fields") else type(inputs)(placed)
     if hasattr(inputs, "items"):
         return {k: place(v, device) for k, v in inputs.items()}
     return inputs
@@ -87,13 +98,16 @@ def _on_meta(value: Any) -> Any:
 
 def execute(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The op itself. A mix of meta and real arguments runs on meta; integers made on meta are made for real."""
-    tensors = tensors_in([args, list(kwargs.values())])
-    on_meta = any(t.device.type == "meta" for t in tensors)
-    if on_meta and any(t.device.type != "meta" for t in tensors):
+    tensors = tensors_in((*args, *kwargs.values()))
+    where = {t.is_meta for t in tensors}
+    on_meta = True in where
+    if len(where) > 1:
         args, kwargs = _on_meta(args), {k: _on_meta(v) for k, v in kwargs.items()}
     if not tensors and kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "meta":
-        out = func(*args, **{**kwargs, "device": "cpu"})
-        return out if not out.is_floating_point() else func(*args, **kwargs)
+        dtype = kwargs.get("dtype")
+        if dtype is None or not dtype.is_floating_point:
+            out = func(*args, **{**kwargs, "device": "cpu"})
+            return out if not out.is_floating_point() else func(*args, **kwargs)
     made = shortcut(func, args, kwargs) if on_meta else None
     return func(*args, **kwargs) if made is None else made
 
@@ -116,8 +130,10 @@ def output_tensors(output: Any) -> list[Tensor]:
         return [t for k, v in output.items() if k not in _CARRIED for t in output_tensors(v)]
     if isinstance(output, (tuple, list)):
         return [t for v in output for t in output_tensors(v)]
+    if is_dataclass(output):
+        return [t for f in fields(output) for t in output_tensors(getattr(output, f.name))]
     if hasattr(output, "__dict__") and not type(output).__name__.endswith("Cache"):
-        held = [v for v in vars(output).values() if isinstance(v, _CONTAINERS) or hasattr(v, "__dataclass_fields__")]
+        held = [v for v in vars(output).values() if isinstance(v, _CONTAINERS) or is_dataclass(v)]
         return [t for v in held for t in output_tensors(v)]
     return []
 

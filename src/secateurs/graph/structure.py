@@ -7,10 +7,10 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.cost import CostModel
-from ..core.dims import Atom, Dim, Fixed, atoms, parse, substitute
+from ..core.dims import Atom, Dim, Fixed, atoms, kept, parse, substitute
 from ..core.errors import FileError
 from ..core.units import ChannelGroup, Group, Member
 from .trace import Doubted
@@ -49,6 +49,8 @@ class Structure:
         fingerprint: of the model's tensor names and shapes.
         doubted: the ops that a proof runs on what is kept, since zeroing is not removing there.
         recorded: for modules that a cut replaces by a recording of their code, by path: see `traced.TracedForward`.
+        numbers: for attributes that hold ids of rows of an embedding, as `path.attribute`, the group of those rows.
+        outputs: of outputs of the model that have such rows along an axis, what their axes are made of, by number.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -60,11 +62,36 @@ class Structure:
     fingerprint: str
     doubted: tuple[Doubted, ...] = ()
     recorded: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    numbers: Mapping[str, str] = field(default_factory=dict)
+    outputs: Mapping[int, tuple[Dim, ...]] = field(default_factory=dict)
 
     @property
     def sizes(self) -> dict[str, int]:
         """Number of units of each group."""
         return {g.name: g.size for g in self.groups}
+
+    def kept_ids(self, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The ids that a decision keeps, by the place of the inputs that hold them: int64, ascending.
+
+        Args:
+            keep: bool [units] for each group; a group without one stays whole.
+        """
+        cut = {g.name: keep[g.name].cpu() for g in self.groups if g.inputs and g.name in keep}
+        return {p: cut[g.name].nonzero().flatten() for g in self.groups if g.name in cut for p in g.inputs}
+
+    def with_staying(self, ids: Iterable[int]) -> Structure:
+        """The structure in which these rows of every embedding that has as many stay, too."""
+        wanted = set(ids)
+
+        def staying(group: ChannelGroup) -> ChannelGroup:
+            stays = tuple(sorted({*group.stays, *(i for i in wanted if 0 <= i < group.size)}))
+            return replace(group, stays=stays, least=max(group.least, len(stays)))
+
+        return replace(self, groups=tuple(staying(g) if wanted and g.kind == "embedding" else g for g in self.groups))
+
+    def kept_outputs(self, keep: Mapping[str, Tensor]) -> dict[int, list[Tensor]]:
+        """Of outputs with such rows along an axis, by number, bool masks of what a decision keeps, one an axis."""
+        return {number: [kept(dim, keep) for dim in dims] for number, dims in self.outputs.items()}
 
     def restricted(self, names: Iterable[str]) -> Structure:
         """The structure in which only the named groups can go."""
@@ -82,6 +109,8 @@ class Structure:
             edits={k: d for k, d in known.edits.items() if any(True for _ in atoms(d))},
             frozen=self.frozen + left_out,
             doubted=tuple(op for op in known.doubted if op.live),
+            numbers={key: name for key, name in known.numbers.items() if name in live},
+            outputs={n: dims for n, dims in known.outputs.items() if any(True for d in dims for _ in atoms(d))},
         )
 
     def _with(self, known: Mapping[str, Dim]) -> Structure:
@@ -96,6 +125,7 @@ class Structure:
             edits={key: substitute(dim, known) for key, dim in self.edits.items()},
             costs=substituted(self.costs, known),
             doubted=tuple(op.mapped(lambda dim: substitute(dim, known)) for op in self.doubted),
+            outputs={n: tuple(substitute(d, known) for d in dims) for n, dims in self.outputs.items()},
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,6 +135,8 @@ class Structure:
             "fingerprint": self.fingerprint,
             "doubted": [_doubted_to_list(op) for op in short.doubted],
             "recorded": dict(self.recorded),
+            "numbers": dict(self.numbers),
+            "outputs": {str(n): [str(d) for d in dims] for n, dims in short.outputs.items()},
             "groups": [_group_to_dict(g) for g in short.groups],
             "tensors": {name: [str(d) for d in dims] for name, dims in short.tensors.items()},
             "edits": {key: str(dim) for key, dim in short.edits.items()},
@@ -132,6 +164,8 @@ class Structure:
                 fingerprint=data["fingerprint"],
                 doubted=tuple(_doubted_from_list(op, sizes) for op in data.get("doubted", ())),
                 recorded=data.get("recorded", {}),
+                numbers=data.get("numbers", {}),
+                outputs={int(n): tuple(parse(d, sizes) for d in dims) for n, dims in data.get("outputs", {}).items()},
             )
             return short._with(long_names(short.groups))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -175,12 +209,14 @@ def _group_to_dict(group: ChannelGroup) -> dict[str, Any]:
     members = [[m.tensor, m.axis, str(m.dim), m.rank, m.role] for m in group.members]
     data = {"name": group.name, "size": group.size, "kind": group.kind, "members": members}
     given = {"multiple": group.multiple, "least": group.least}
-    return data | {key: number for key, number in given.items() if number != 1}
+    lists = {"stays": list(group.stays), "inputs": list(group.inputs)}
+    return data | {key: number for key, number in given.items() if number != 1} | {k: v for k, v in lists.items() if v}
 
 
 def _group_from_dict(data: Mapping[str, Any], sizes: Mapping[str, int]) -> ChannelGroup:
     members = tuple(Member(t, a, parse(d, sizes), rank, role) for t, a, d, rank, role in data["members"])
     limits = {key: data[key] for key in ("multiple", "least") if key in data}
+    limits |= {key: tuple(data[key]) for key in ("stays", "inputs") if key in data}
     return ChannelGroup(data["name"], data["size"], data["kind"], members, **limits)
 
 

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..core.dims import Dim, Fixed, atoms, size
+from .ordinal import FILLS, NEUTRAL
 from .records import Choice, Doubted, OpRecord, Seen, Span, Type
 from .run import execute, flat, tensors_in
 from .solver import Solver
@@ -51,9 +53,12 @@ class Trace:
 
     `heads` holds, of each product of activations, the axis it is batched over and its other axes; `repeats` the axes
     that are copies; `aligned` axes whose size a kernel wants to be a multiple; `chosen` axes along which positions are
-    chosen; `least` of some how many must stay.
-    `copy` is the model that ran. Ops, spans (by the path of the module, in the order of its calls) and MACs are of this
-    run; all else may be shared by the traces of several runs of one model.
+    chosen, `pointed` those of which an op was given the positions; `least` of some how many must stay; `ids`, by place,
+    what those inputs are positions in that are ids, and `made` the same of results of ops, by (module, op, which of its
+    calls, which result); see `vocabulary`.
+    `copy` is the model that ran. `outputs` has the axes of what it returned. They, ops, spans (by the path of the
+    module, in the order of its calls) and MACs are of this run; all else may be shared by the traces of several runs of
+    one model.
     """
 
     training: bool = False
@@ -70,7 +75,11 @@ class Trace:
     aligned: list[tuple[Dim, int]] = field(default_factory=list)
     repeats: list[Dim] = field(default_factory=list)
     chosen: list[Choice] = field(default_factory=list)
+    pointed: list[Dim] = field(default_factory=list)
     least: list[tuple[Dim, int]] = field(default_factory=list)
+    ids: dict[str, Dim] = field(default_factory=dict)
+    made: dict[tuple[str, str, int, int], Dim] = field(default_factory=dict)
+    outputs: list[tuple[Dim, ...]] = field(default_factory=list)
     edits: dict[str, Dim] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
 
@@ -92,7 +101,11 @@ class Trace:
 
     def another(self, training: bool) -> Trace:
         """An empty trace of another run, which adds to the same types."""
-        return replace(self, training=training, copy=None, ops=[], spans={}, macs=[], doubted=[])
+        return replace(self, training=training, copy=None, ops=[], spans={}, macs=[], doubted=[], outputs=[])
+
+    def numbered(self) -> set[str]:
+        """The names of the atoms whose positions are ids among the inputs."""
+        return {atom.name for dim in self.ids.values() for atom in atoms(self.solver.resolve(dim))}
 
 
 @dataclass(frozen=True)
@@ -113,16 +126,14 @@ class Call:
         """The op and its caller, for reasons."""
         return f"{self.name} in {self.module or 'the model'}"
 
-    def tensors(self) -> list[Tensor]:
+    @cached_property
+    def tensors(self) -> tuple[Tensor, ...]:
         """The tensor arguments in order, those inside lists included."""
-        out: list[Tensor] = []
-        for value in self.args.values():
-            out.extend(v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, Tensor))
-        return out
+        return tensors_in(self.args.values())
 
     def types(self) -> list[Type]:
-        """The types of `tensors()`."""
-        return [self.type_of(t) for t in self.tensors()]
+        """The types of `tensors`, as they are known by now."""
+        return [self.type_of(t) for t in self.tensors]
 
     def axis(self, value: int, rank: int) -> int:
         """A possibly negative axis number as a non-negative one."""
@@ -213,6 +224,7 @@ def rule(*names: str, always: bool = False, moves: bool = False, points: bool = 
     return register
 
 
+@cache
 def base_name(func: torch._ops.OpOverload) -> str:
     """The op's name without overload; an in-place op has the name of its functional twin."""
     name: str = func.overloadpacket.__name__
@@ -221,10 +233,26 @@ def base_name(func: torch._ops.OpOverload) -> str:
 
 def bound(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments by schema name, defaults filled in."""
-    out: dict[str, Any] = {}
-    for i, spec in enumerate(func._schema.arguments):
-        out[spec.name] = args[i] if i < len(args) else kwargs.get(spec.name, spec.default_value)
+    specs = _arguments(func)
+    out = {name: kwargs.get(name, default) for name, default in specs} if kwargs else dict(specs)
+    out.update(zip(out, args, strict=False))
     return out
+
+
+@cache
+def _arguments(func: torch._ops.OpOverload) -> tuple[tuple[str, Any], ...]:
+    """Names and defaults of an op's arguments, which PyTorch makes anew at each look."""
+    return tuple((spec.name, spec.default_value) for spec in func._schema.arguments)
+
+
+@cache
+def _is_pointwise(func: torch._ops.OpOverload) -> bool:
+    return torch.Tag.pointwise in func.tags
+
+
+@cache
+def _writes(func: torch._ops.OpOverload) -> bool:
+    return bool(func._schema.is_mutable)
 
 
 def numbers(func: torch._ops.OpOverload, args: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[float, ...]]:
@@ -232,14 +260,15 @@ def numbers(func: torch._ops.OpOverload, args: Mapping[str, Any]) -> tuple[tuple
 
     Floats are factors, of elementwise ops integers are too, and a real scalar beside tensors on meta is a constant.
     """
-    given = list(flat(list(args.values())))
+    given = flat(args.values())
     ints = [v for v in given if isinstance(v, int) and not isinstance(v, bool)]
     factors = [v for v in given if isinstance(v, float)]
-    if torch.Tag.pointwise in func.tags:
+    if _is_pointwise(func):
         factors += ints
     tensors = [v for v in given if isinstance(v, Tensor)]
-    if any(t.device.type == "meta" for t in tensors):
-        factors += [float(t) for t in tensors if t.device.type != "meta" and t.dim() == 0 and not t.is_complex()]
+    real = [t for t in tensors if not t.is_meta]
+    if len(real) < len(tensors):
+        factors += [float(t) for t in real if t.dim() == 0 and not t.is_complex()]
     return tuple(ints), tuple(factors)
 
 
@@ -313,10 +342,13 @@ class Tracer(TorchDispatchMode):
 
     def finish(self, outputs: list[Tensor]) -> Trace:
         """The trace of a run that gave `outputs`: their axes are fixed, and doubts count where they reach an output."""
+        numbered = self.trace.numbered()
         for tensor in outputs:
             kind = self.type_of(tensor)
-            for dim in kind.dims:
-                self.trace.solver.freeze(dim, "an axis of the model's output")
+            self.trace.outputs.append(kind.dims)
+            for atom in (a for dim in kind.dims for a in atoms(self.trace.solver.resolve(dim))):
+                if atom.name not in numbered:
+                    self.trace.solver.freeze(atom, "an axis of the model's output")
             if kind.into is not None:
                 self.trace.solver.freeze(kind.into, "the model's output has positions along it")
         wanted = {_memory(t) for t in outputs}
@@ -338,16 +370,18 @@ class Tracer(TorchDispatchMode):
         kinds = self._apply(call, func)
         for tensor, kind in zip(outputs, kinds, strict=True):
             self.remember(tensor, kind)
-            if func._schema.is_mutable and not kind.zero:
-                self._written(tensor)
+            if _writes(func) and (not kind.zero or kind.into is not None):
+                self._written(tensor, kind.into)
         inputs = tuple(t.dims for t in call.types())
         nth = self._calls[call.module, call.name]
         self._calls[call.module, call.name] += 1
+        if self.trace.made:
+            kinds = self._with_ids(call, nth, kinds)
         made = tuple(k.dims for k in kinds)
         into = tuple(k.into for k in kinds) if any(k.into is not None for k in kinds) else ()
         doubted = Doubted(call.module, call.name, nth, inputs, made, into) if call.doubts else None
         self._flows.append(
-            _Flow(frozenset(map(_memory, call.tensors())), frozenset(map(_memory, outputs)), call.doubts, doubted)
+            _Flow(frozenset(map(_memory, call.tensors)), frozenset(map(_memory, outputs)), call.doubts, doubted)
         )
         if call.name in UNRECORDED:
             return result
@@ -357,24 +391,40 @@ class Tracer(TorchDispatchMode):
         self.trace.ops.append(record)
         return result
 
-    def _written(self, tensor: Tensor) -> None:
-        """Whatever shares memory with a tensor that was written to is no longer known to be zero."""
+    def _written(self, tensor: Tensor, into: Dim | None) -> None:
+        """Whatever shares memory with a tensor that was written to is no longer known to be zero.
+
+        Where ids were written, all of it holds ids; whether that is so, `vocabulary` has seen.
+        """
         for alias in self._aliases[_memory(tensor)]:
-            self._types[alias] = replace(self._types[alias], zero=False)
+            known = self._types[alias]
+            self._types[alias] = replace(known, zero=False, into=known.into if into is None else into)
+
+    def _with_ids(self, call: Call, nth: int, kinds: list[Type]) -> list[Type]:
+        """`kinds` of an op's results, some of which are single columns of an input that holds ids."""
+        made, at = self.trace.made, (call.module, call.name, nth)
+        kinds = [replace(kind, into=made.get((*at, i), kind.into)) for i, kind in enumerate(kinds)]
+        for tensor, kind in zip(call.outputs, kinds, strict=True):
+            self.remember(tensor, kind)
+        return kinds
 
     def _apply(self, call: Call, func: torch._ops.OpOverload) -> list[Type]:
         given = call.types()
         pointing = [kind.into for kind in given if kind.into is not None and call.into(kind)]
+        self.trace.pointed += pointing
         plain = not pointing and all(isinstance(d, Fixed) for t in given for d in t.dims)
         if call.name not in ALWAYS and plain:
             return [Type(tuple(Fixed(n) for n in t.shape)) for t in call.outputs]
         # What is no position zero is no position.
         moved = call.name in MOVES and len(pointing) == len(given) and call.outputs[0].dtype != torch.bool
-        if call.name not in POINTS and not moved:
+        if pointing and call.name in NEUTRAL | FILLS and self._are_ids(pointing):
+            moved = call.name in FILLS
+            call.trace.solver.unify_all(pointing, call.why)
+        elif call.name not in POINTS and not moved:
             call.freeze(pointing, f"positions are looked up: {call.why}")
             pointing = []
         function = RULES.get(call.name)
-        if function is None and torch.Tag.pointwise in func.tags:
+        if function is None and _is_pointwise(func):
             function = RULES["pointwise"]
         if function is None:
             return self._unknown(call)
@@ -384,6 +434,11 @@ class Tracer(TorchDispatchMode):
             into = call.trace.solver.unify_all(pointing, call.why)
             return [replace(kind, into=into) for kind in kinds]
         return kinds
+
+    def _are_ids(self, pointing: list[Dim]) -> bool:
+        """Whether all these positions are ids among the inputs."""
+        found = {atom.name for dim in pointing for atom in atoms(self.trace.solver.resolve(dim))}
+        return found <= self.trace.numbered()
 
     def _unknown(self, call: Call) -> list[Type]:
         self.trace.unknown.setdefault(call.name, call.module)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .modules import MultiheadAttention
 
@@ -40,7 +42,22 @@ def twin(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
         if name in tensors:
             new = tensors[name]
             memo[id(own)] = nn.Parameter(new, requires_grad=own.requires_grad) if isinstance(own, nn.Parameter) else new
-    return copy.deepcopy(model, memo)
+    # Empty ones, of which every module has ten for its hooks, would take most of the time.
+    empty = (held for module in model.modules() for held in vars(module).values() if type(held) is OrderedDict)
+    memo.update((id(held), OrderedDict()) for held in empty if not held)
+    return _apart(copy.deepcopy(model, memo))
+
+
+def _apart(model: nn.Module) -> nn.Module:
+    """`model`, a copy, whose parametrized modules no longer share a class with those that they are copies of.
+
+    PyTorch makes such a class for one module, and changes it when its parametrizations are removed.
+    """
+    for module in model.modules():
+        shared = type(module)
+        if shared.__module__ == parametrize.__name__ and parametrize.is_parametrized(module):
+            module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
+    return model
 
 
 def meta_twin(model: nn.Module, shapes: Mapping[str, torch.Size] | None = None) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -10,22 +10,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.batch import call, leaves, move
-from ..core.errors import DataError, ModelError
+from ..core.batch import check_batches, move, run
+from ..core.errors import DataError
 
 __all__ = ["batches", "evaluating", "forward", "slow_attention", "watched"]
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; the training flag of every module is put back afterwards, also after an error."""
+    """Evaluation mode inside; training flags and buffers are put back afterwards, also after an error.
+
+    Some models write to their buffers in evaluation mode, too.
+    """
     flags = [(module, module.training) for module in model.modules()]
+    buffers = [(module, name, b, b.detach().clone()) for module, name, b in _own_buffers(model)]
     model.eval()
     try:
         yield
     finally:
         for module, training in flags:
             module.training = training
+        with torch.no_grad():
+            for module, name, buffer, value in buffers:
+                module._buffers[name] = buffer if buffer.is_inference() else buffer.copy_(value)
+
+
+def _own_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    for module in model.modules():
+        yield from ((module, name, b) for name, b in module._buffers.items() if b is not None)
 
 
 def forward(model: nn.Module, inputs: Any) -> Any:
@@ -34,16 +46,8 @@ def forward(model: nn.Module, inputs: Any) -> Any:
     Raises:
         ModelError: the forward pass fails; the message has the shapes given, the cause is chained.
     """
-    try:
-        placed = next(chain(model.parameters(), model.buffers()), None)
-        return call(model, inputs if placed is None else move(inputs, placed.device))
-    except Exception as error:
-        # The forward pass is the user's code, which may raise anything.
-        shapes = ", ".join(str(tuple(t.shape)) for t in leaves(inputs)) or "no tensor"
-        raise ModelError(
-            f"{type(model).__name__} fails on the inputs given (shapes: {shapes}): {str(error).rstrip('. ')}. "
-            "Give inputs with which model(inputs) runs."
-        ) from error
+    placed = next(chain(model.parameters(), model.buffers()), None)
+    return run(model, inputs if placed is None else move(inputs, placed.device))
 
 
 def batches(data: Iterable[Any] | None, what: str) -> Iterator[Any]:
@@ -52,9 +56,9 @@ def batches(data: Iterable[Any] | None, what: str) -> Iterator[Any]:
     Raises:
         DataError: `data` is None, is itself one batch (a tensor or a mapping), or has no batch.
     """
-    if data is None or isinstance(data, (Tensor, Mapping)) or hasattr(data, "keys"):
-        given = "None" if data is None else f"one {type(data).__name__}"
-        raise DataError(f"the {what} must be an iterable of batches, got {given}; put a single batch in a list.")
+    if data is None:
+        raise DataError(f"the {what} must be an iterable of batches, got None; put a single batch in a list.")
+    check_batches(data, what)
     empty = True
     for batch in data:
         empty = False

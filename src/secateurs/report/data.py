@@ -268,13 +268,15 @@ class Report:
         front: other budgets for the same model.
         history: of the recovery.
         speedup: measured side by side; a (median, p10, p90) tuple is taken too. Without it the two latencies count.
+        predicted_speedup: what the method expected from the times of parts that it chose by, on the machine where it
+            chose; None of methods that do not say.
         runtime: the pruned model in its sparse runtime; None if none was made.
         environment: python, torch, secateurs, cpu, threads, date …
         seconds: per stage of the run.
         command: what to type to get the same result.
 
     Raises:
-        OptionError: another form.
+        OptionError: another form, or a predicted speed-up that is not positive and finite.
     """
 
     model: str
@@ -293,6 +295,7 @@ class Report:
     front: tuple[FrontPoint, ...] = ()
     history: Recovery | None = None
     speedup: Speedup | None = None
+    predicted_speedup: float | None = None
     runtime: RuntimeSummary | None = None
     environment: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -308,6 +311,8 @@ class Report:
             object.__setattr__(self, name, plain({key: _open(item) for key, item in getattr(self, name).items()}))
         if self.form not in ("cut", "mask"):
             raise OptionError(f"the form of a pruned model is 'cut' or 'mask', got {self.form!r}.")
+        if self.predicted_speedup is not None and not 0 < self.predicted_speedup < math.inf:
+            raise OptionError(f"a predicted speed-up is finite and more than 0; got {self.predicted_speedup}.")
 
     def headline(self) -> str:
         """One plain sentence: what got smaller and faster, and what did not."""

@@ -111,7 +111,15 @@ def checks(report: Report) -> tuple[Check, ...]:
 def _check(limit: Limit, report: Report) -> Check:
     reached, words = _REACHED.get(limit.cost, _unknown)(report, limit.relative)
     met = None if reached is None else _holds(limit, reached)
-    return Check(str(limit), "not measured" if reached is None else words(reached), met)
+    told = "not measured" if reached is None else words(reached)
+    return Check(str(limit), told + _predicted(limit, report), met)
+
+
+def _predicted(limit: Limit, report: Report) -> str:
+    """What a limit on time was chosen by, after a comma; empty where nothing was predicted."""
+    if report.predicted_speedup is None or limit.metric not in ("speedup", "latency"):
+        return ""
+    return f", {factor(report.predicted_speedup)} the speed predicted"
 
 
 def _holds(limit: Limit, reached: float) -> bool:

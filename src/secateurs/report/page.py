@@ -19,7 +19,7 @@ __all__ = ["FIRST", "MOST", "environment", "render"]
 
 # Lists stop at ten; the rest is folded away, and what is beyond a thousand is left to the report as a file.
 FIRST, MOST = 10, 1000
-_FILTERS = ("metric", "number", "plural", "shape", "share", "value")
+_FILTERS = ("agreement", "metric", "number", "plural", "shape", "share", "value")
 _WITH_UNITS = ("count", "duration", "file_size")
 
 

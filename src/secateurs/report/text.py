@@ -9,7 +9,7 @@ from .findings import by_reason, changed_groups, changed_layers, checks, key_met
 from .headline import headline
 from .runtime import RuntimeLayer
 from .views import cards
-from .words import count, duration, metric, module_of, number, plural, shape, share, value
+from .words import agreement, count, duration, metric, module_of, number, plural, shape, share, value
 
 __all__ = ["to_text"]
 
@@ -58,7 +58,7 @@ def _budget(report: Report) -> list[str]:
     if not found and report.budget:
         found = [f"{report.budget} asked"]
     if report.proof is not None:
-        found.append(f"cut and masked model agree to a relative {number(report.proof)}")
+        found.append(f"cut and masked model agree {agreement(report.proof)}")
     return found
 
 

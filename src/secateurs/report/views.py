@@ -81,7 +81,7 @@ def cards(report: Report) -> tuple[Card, ...]:
         _zeros(report) if report.form == "mask" else _sized("Parameters", before.params, after.params, count),
         _sized("MACs", before.macs, after.macs, count),
         memory if after.disk_bytes is None and after.bytes is not None else disk,
-        _latency(before.latency, after.latency, speedup(report)),
+        _latency(before.latency, after.latency, speedup(report), report.predicted_speedup),
         _quality(report),
     )
 
@@ -103,12 +103,16 @@ def _zeros(report: Report) -> Card:
     return Card("Parameters not zero", count(nonzero), note, svg.bars(params, nonzero, params))
 
 
-def _latency(before: LatencySummary | None, after: LatencySummary | None, times: Speedup | None) -> Card:
+def _latency(
+    before: LatencySummary | None, after: LatencySummary | None, times: Speedup | None, predicted: float | None
+) -> Card:
+    expected = "" if predicted is None else f"{factor(predicted)} the speed was predicted"
     if after is None:
-        return Card("Latency", _DASH, "not measured")
-    note = "" if before is None else f"{duration(before.median)} before"
-    if times is not None:
-        note = f"{factor(times.median)} the speed" + (f"; {note}" if note else "")
+        return Card("Latency", _DASH, "; ".join(filter(None, ("not measured", expected))))
+    told = "" if times is None else f"{factor(times.median)} the speed"
+    if told and predicted is not None:
+        told, expected = f"{told}, {factor(predicted)} predicted", ""
+    note = "; ".join(filter(None, (told, expected, "" if before is None else f"{duration(before.median)} before")))
     sides = [side for side in (before, after) if side is not None]
     most = max(side.p90 for side in sides)
     picture = svg.bars(sides[0].median, after.median, most, [(side.p10, side.p90) for side in sides])

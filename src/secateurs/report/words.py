@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 __all__ = [
+    "agreement",
     "count",
     "difference",
     "duration",
@@ -102,6 +103,15 @@ def factor(times: float) -> str:
     '1.71×'
     """
     return f"{times:.2f}×" if times < 10 else f"{_digits(times)}×"
+
+
+def agreement(error: float) -> str:
+    """How closely two forms agree whose largest relative difference is `error`.
+
+    >>> agreement(0.0), agreement(3.1e-7)
+    ('exactly', 'to a relative 3.1 × 10⁻⁷')
+    """
+    return f"to a relative {number(error)}" if error else "exactly"
 
 
 def number(amount: float) -> str:

@@ -3,6 +3,6 @@
 A rule is `(call) -> types of the outputs`, plus unifications on the shared solver; it never sees a module.
 """
 
-from . import contract, conv, index, norm, pointwise, reduce, view
+from . import complex, contract, conv, index, norm, packed, pointwise, reduce, view
 
-__all__ = ["contract", "conv", "index", "norm", "pointwise", "reduce", "view"]
+__all__ = ["complex", "contract", "conv", "index", "norm", "packed", "pointwise", "reduce", "view"]

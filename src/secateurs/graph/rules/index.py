@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...core.dims import ONE, Dim, Fixed, size
+from ...core.dims import ONE, Atom, Dim, Fixed, size
 from ..trace import Call, Type, rule
 from .pointwise import broadcast, fixed
 
@@ -32,11 +32,40 @@ def _look_up(call: Call, dim: Dim, index: Type) -> None:
 def embedding(call: Call) -> Type:
     """Rows looked up by number: the width goes out; the vocabulary is fixed, unless the numbers were chosen."""
     weight, ids = call.type_of(call.args["weight"]), call.type_of(call.args["indices"])
-    if call.into(ids) is None:
-        call.freeze([weight.dims[0]], f"looked up by number: {call.why}")
-    else:
-        _look_up(call, weight.dims[0], ids)
+    _look_up_rows(call, weight.dims[0], ids)
     return Type((*ids.dims, weight.dims[1]), weight.zero and call.all_fixed(ids.dims))
+
+
+def _look_up_rows(call: Call, rows: Dim, ids: Type) -> None:
+    if call.into(ids) is not None:
+        _look_up(call, rows, ids)
+        return
+    known = call.trace.solver.reason(ids.into.name) if isinstance(ids.into, Atom) else None
+    call.freeze([rows], known or f"looked up by number: {call.why}")
+
+
+@rule("_embedding_bag", "_embedding_bag_forward_only", points=True)
+def embedding_bag(call: Call) -> list[Type]:
+    """Rows looked up by number and folded into one for each bag: the width goes out."""
+    weight, ids = call.type_of(call.args["weight"]), call.type_of(call.args["indices"])
+    _look_up_rows(call, weight.dims[0], ids)
+    shape = call.outputs[0].shape
+    bags = (Fixed(shape[0]), weight.dims[1])
+    # Beside the rows it tells what belongs to which bag and, of the largest, where each value is from.
+    others = [Type(bags if t.shape == shape else tuple(map(Fixed, t.shape))) for t in call.outputs[1:]]
+    return [Type(bags, weight.zero), *others]
+
+
+@rule("nll_loss_forward", "nll_loss2d_forward", points=True)
+def nll_loss(call: Call) -> list[Type]:
+    """Of each row the value at a position: what is left out or weighted goes by position, too."""
+    values, target = call.type_of(call.args["self"]), call.type_of(call.args["target"])
+    axis = min(len(values.dims) - 1, 1)
+    weights = [call.type_of(call.args["weight"]).dims[0]] if call.args.get("weight") is not None else []
+    _look_up(call, values.dims[axis], target)
+    call.trace.solver.unify_all([values.dims[axis], *weights], call.why)
+    call.freeze([dim for i, dim in enumerate(values.dims) if i != axis])
+    return fixed(call)
 
 
 @rule("index", "_unsafe_index", points=True)

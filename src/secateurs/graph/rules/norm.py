@@ -67,6 +67,18 @@ def group_norm(call: Call) -> list[Type]:
     return [Type(kind.dims, zero), *_statistics(call, (kind.dims[0], group))]
 
 
+@rule("_weight_norm_interface")
+def weight_norm(call: Call) -> list[Type]:
+    """A direction times a length, of which there is one for each position of an axis.
+
+    It is zero where the length is, and where the direction is: zeros have no share in the norm over the other axes.
+    """
+    direction, length = call.type_of(call.args["v"]), call.type_of(call.args["g"])
+    axis = call.axis(call.args["dim"], len(direction.dims))
+    call.trace.solver.unify(direction.dims[axis], length.dims[axis], call.why)
+    return [Type(direction.dims, direction.zero and length.zero), *_statistics(call, length.dims)]
+
+
 def _normalised(call: Call, dims: tuple[Dim, ...]) -> None:
     for dim in dims:
         call.doubt(dim, f"normalised over: {call.why}")

@@ -21,7 +21,7 @@ _ZERO_PRESERVING = {
     "clamp", "clamp_min", "clamp_max", "hardtanh", "threshold", "masked_fill",
 }  # fmt: skip
 # Ops that are exactly zero where all their operands are.
-_JOINTLY_ZERO = {"add", "sub", "rsub", "maximum", "minimum", "lerp", "addcmul"}
+_JOINTLY_ZERO = {"add", "sub", "rsub", "maximum", "minimum", "lerp", "addcmul", "complex"}
 # Infinite or undefined at zero: zeroing would put that into everything downstream.
 _SINGULAR = {"log", "log2", "log10", "reciprocal", "rsqrt", "logit", "lgamma", "digamma"}
 
@@ -112,6 +112,7 @@ def _note_singular(call: Call, kinds: Sequence[Type]) -> None:
     "masked_fill", "native_dropout", "bernoulli", "fill", "zeros_like", "ones_like", "empty_like", "full_like",
     "rand_like", "randn_like", "lerp", "addcmul", "addcdiv", "zero", "_prelu_kernel", "logical_not", "normal",
     "uniform", "rsub", "relu", "gelu", "silu", "log_sigmoid_forward", "rrelu_with_noise", "mish", "elu", "celu",
+    "complex",
 )  # fmt: skip
 def pointwise(call: Call) -> list[Type]:
     """Same axes in and out. Also the default for every op that PyTorch tags as pointwise."""

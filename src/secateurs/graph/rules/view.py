@@ -110,7 +110,7 @@ def repeat(call: Call) -> Type:
 @rule("cat", moves=True)
 def cat(call: Call) -> Type:
     """One axis joined, the others one."""
-    kinds = [k for k, t in zip(call.types(), call.tensors(), strict=True) if t.numel() or t.dim() > 1]
+    kinds = [k for k, t in zip(call.types(), call.tensors, strict=True) if t.numel() or t.dim() > 1]
     axis = call.axis(call.args["dim"], len(kinds[0].dims))
     dims: list[Dim] = []
     for i in range(len(kinds[0].dims)):
@@ -233,7 +233,7 @@ def pixel_shuffle(call: Call) -> Type:
     return Type((*kind.dims[:at], channels, *fixed_dims(call.outputs[0])[at + 1 :]), kind.zero)
 
 
-@rule("view_as_complex", "as_strided", "diagonal", "unfold", "im2col")
+@rule("as_strided", "diagonal", "unfold", "im2col")
 def opaque(call: Call) -> list[Type]:
     """Views that are not followed: everything they touch is fixed."""
     for kind in call.types():
