@@ -582,6 +582,12 @@ def test_a_pattern_is_no_budget_of_a_method_that_cuts(method: str, units: str) -
             {"method": "random-pruning", "criterion": "taylor", "floor": 3},
             r"method 'random-pruning' leaves no choice of criterion, floor; its hyperparameters are given as options=…",
         ),
+        (
+            {"method": "gradual-magnitude", "options": {"until": 0.5}},
+            r"the hyperparameters of gradual-magnitude are a Gradual of secateurs\.methods\.weights\.gradual_magn.*, "
+            r"such as options=Gradual\(\); got \{'until': 0\.5\}\.",
+        ),
+        ({"method": "global-magnitude", "options": Gradual()}, r"of global-magnitude are a Global of .*got Gradual\("),
         ({"method": "gradual-magnitude", "round_to": 8}, r"leaves no choice of round_to"),
         ({"method": "gradual-magnitude"}, r"this method prunes while it trains: pass recover=FineTune"),
         (

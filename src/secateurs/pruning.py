@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .core.batch import Loss, split, take
 from .core.budget import Budget
-from .core.catalogue import Method, get_method
+from .core.catalogue import Method, get_method, hyperparameters
 from .core.errors import BudgetError, OptionError, unknown_name
 from .core.wrapped import unwrapped
 from .deploy.store import load_extra, load_model, save_model
@@ -344,7 +344,7 @@ def _method(name: str) -> Method:
     return get_method(name)
 
 
-def _by_method(name: str, options: Iterable[str], budget: str | Budget) -> Callable[..., Pruned]:
+def _by_method(name: str, options: Mapping[str, Any], budget: str | Budget) -> Callable[..., Pruned]:
     chosen = _method(name)
     run: Callable[..., Pruned] = chosen.run
     if "builder" in chosen.needs:
@@ -352,8 +352,14 @@ def _by_method(name: str, options: Iterable[str], budget: str | Budget) -> Calla
     pattern = Budget.parse(budget).pattern
     if pattern is not None and not _ZEROS & {*chosen.units}:
         raise BudgetError(
-            f"{pattern} is a pattern of single weights, and {name} removes {' and '.join(chosen.units)} units: ask it for "
-            "sparsity=50% or params<=70%, say, or take a method that leaves zeros, such as sparsegpt."
+            f"{pattern} is a pattern of single weights, and {name} removes {' and '.join(chosen.units)} units: ask it "
+            "for sparsity=50% or params<=70%, say, or take a method that leaves zeros, such as sparsegpt."
+        )
+    record, given = hyperparameters(run), options.get("options")
+    if given is not None and record is not None and not isinstance(given, record):
+        raise OptionError(
+            f"the hyperparameters of {name} are a {record.__name__} of {record.__module__}, such as "
+            f"options={record.__name__}(); got {given!r}."
         )
     own = [option for option in options if option not in (*_SHARED, *signature(run).parameters)]
     if own:

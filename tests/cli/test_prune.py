@@ -290,6 +290,14 @@ def test_an_option_that_a_method_refuses_leaves_no_work(workplace: Path) -> None
     )
 
 
+def test_a_folder_in_the_way_of_an_export_is_told_before_the_work(workplace: Path) -> None:
+    (workplace / "smaller.hf").mkdir()
+    (workplace / "smaller.hf" / "config.json").touch()
+    assert refused("things:net", *SHORT, "--export", "huggingface") == (
+        "--export huggingface writes smaller.hf, and that is not empty: delete it, or choose another --out."
+    )
+
+
 def test_an_export_that_fails_leaves_the_result(workplace: Path) -> None:
     ran = run("prune", "things:net", *SHORT, "--export", "huggingface")
     assert ran.code == 1

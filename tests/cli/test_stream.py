@@ -93,6 +93,14 @@ def test_what_cannot_be_done_is_refused(checkpoint: Path, words: tuple[str, ...]
     assert text in ran.error
 
 
+def test_a_name_of_the_hub_is_no_folder(workplace: Path) -> None:
+    ran = run("stream", "someone/llm", "--budget", "2:4", "--data", "text.txt", "--out", "after")
+    assert ran.code == 1
+    assert ran.error.startswith(
+        "error: there is no folder someone/llm: give that of a Hugging Face model in safetensors;"
+    )
+
+
 def test_a_folder_without_a_checkpoint_is_refused(workplace: Path, checkpoint: Path) -> None:
     ran = run("stream", workplace, "--budget", "2:4", "--data", "texts:tokens", "--out", "after")
     assert ran.code == 1

@@ -291,7 +291,7 @@ def test_padding_changes_no_score(name: str) -> None:
     mask = torch.ones(3, 5, dtype=torch.long)
     wide = {"input_ids": F.pad(ids, (2, 1)), "attention_mask": F.pad(mask, (2, 1))}
     weights = [WeightGroup(weight, (4, 3))]
-    channels = [ChannelGroup("up", 4, "channel", (member(weight, 0, Atom("up", 4), 4),))]
+    channels = [ChannelGroup("up", 4, "channel", (member(weight, 0, Atom("up", 4), 2),))]
     groups: list[Any] = channels if name.startswith("activation") else weights
     found = [score(name, model, groups, data=[batch])[groups[0].name] for batch in ({"input_ids": ids}, wide)]
     torch.testing.assert_close(found[1], found[0])

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
 from inspect import Parameter, Signature, signature
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -71,12 +71,6 @@ def settings_of(texts: list[str] | None) -> dict[str, Any]:
         except ValueError:
             found[name.strip().replace("-", "_")] = value
     return found
-
-
-def hyperparameters(run: Callable[..., Any]) -> Any:
-    """The dataclass of a method's hyperparameters, the type of its argument `options`; None if it has none."""
-    hint = get_type_hints(run).get("options")
-    return next((kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)), None)
 
 
 def filled(record: Any, method: str, given: Mapping[str, Any]) -> Any:

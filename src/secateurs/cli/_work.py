@@ -32,6 +32,18 @@ def checked_out(out: Path, model: str) -> Path:
     return out.resolve() if out.name in ("", "..") else out
 
 
+def checked_beside(place: Path) -> None:
+    """None, if a folder for `from_pretrained` may be put there; found out before the work and not after it.
+
+    Raises:
+        FileError: something is there already.
+    """
+    if place.is_file() or (place.is_dir() and any(place.iterdir())):
+        raise FileError(
+            f"--export huggingface writes {place}, and that is not empty: delete it, or choose another --out."
+        )
+
+
 def opened(out: Path, given: Mapping[str, Any], beside: Sequence[str], resume: bool) -> Path:
     """The work folder of `out`: a new one, or that of the same run where it is to be resumed.
 

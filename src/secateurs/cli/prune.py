@@ -22,7 +22,6 @@ from ._options import (
     Settings,
     filled,
     floor_of,
-    hyperparameters,
     settings_of,
 )
 from ._session import Session, Stages, session
@@ -54,6 +53,9 @@ class Export(str, Enum):
     onnx = "onnx"
     program = "program"
     huggingface = "huggingface"
+
+
+_SUFFIXES = {Export.onnx: ".onnx", Export.program: ".pt2", Export.huggingface: ".hf"}
 
 
 def prune(
@@ -154,6 +156,8 @@ def prune(
         options = _plan_options(given)
         recipe = _checked(given, options)
         place = _work.checked_out(out, model)
+        if Export.huggingface in (export or []):
+            _work.checked_beside(_beside(place, Export.huggingface))
         source = opening.load(model)
         known, tests = _opened(source, data, "train", given), _opened(source, test_data, "test", given)
         source = _with_examples(source, known or tests, opening.batch).to(opening.device)
@@ -229,7 +233,7 @@ def _method_options(method: str, options: Mapping[str, Any], extra: Mapping[str,
         OptionError: an option of `plan` that the method decides itself, or a hyperparameter that it does not have.
     """
     from .. import methods as _room  # noqa: F401  (registers them)
-    from ..core.catalogue import get_method
+    from ..core.catalogue import get_method, hyperparameters
     from ..core.errors import OptionError
 
     run = get_method(method).run
@@ -355,17 +359,20 @@ def _exported(made: Pruned, source: LoadedModel, place: Path, wanted: list[Expor
     tokenizer = None if source.text is None else source.text.tokenizer
     kept = {g.name: made.plan.kept_ids(g.name) for g in made.plan.groups if g.kind == "embedding"}
     to_onnx = write_verified if isinstance(made.model, OnnxModule) else export_onnx
-    writers: dict[Export, tuple[Callable[..., Path], str]]
-    writers = {
-        Export.onnx: (to_onnx, ".onnx"),
-        Export.program: (export_program, ".pt2"),
-        Export.huggingface: (partial(export_pretrained, tokenizer=tokenizer, kept=kept), ".hf"),
+    writers: dict[Export, Callable[..., Path]] = {
+        Export.onnx: to_onnx,
+        Export.program: export_program,
+        Export.huggingface: partial(export_pretrained, tokenizer=tokenizer, kept=kept),
     }
     files = {}
     for kind in dict.fromkeys(wanted):
-        write, suffix = writers[kind]
-        files[kind.value] = str(write(made.model, source.example_inputs, place.with_name(place.name + suffix)))
+        files[kind.value] = str(writers[kind](made.model, source.example_inputs, _beside(place, kind)))
     return files
+
+
+def _beside(place: Path, kind: Export) -> Path:
+    """Where an export of this kind stands."""
+    return place.with_name(place.name + _SUFFIXES[kind])
 
 
 def _command(context: typer.Context) -> str:

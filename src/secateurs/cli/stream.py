@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ._options import Output, Settings, TrustRemoteCode, filled, hyperparameters, settings_of
+from ._options import Output, Settings, TrustRemoteCode, filled, settings_of
 from ._session import Stages, session
 
 __all__ = ["stream"]
@@ -63,11 +63,17 @@ def stream(
     with session(**{**vars(output), "quiet": quiet}, threads=threads) as talk:
         import torch
 
+        from ..core.errors import FileError
         from ..integrations import load_data
         from ..integrations.models import TextFormat
         from ..integrations.streaming import prune_checkpoint
         from ..solvers.ranks import first, joined
 
+        if not folder.is_dir():
+            raise FileError(
+                f"there is no folder {folder}: give that of a Hugging Face model in safetensors; one of the hub is "
+                "fetched by `hf download NAME --local-dir FOLDER`."
+            )
         wanted = TextFormat(str(folder), length, False, trust_remote_code)
         batches = load_data(data, split="train", images=None, text=wanted, size=batch_size, seed=seed).sample(limit)
         with joined(), Stages(talk) as stages:
@@ -105,7 +111,7 @@ def _options(method: str, given: Mapping[str, Any]) -> Any:
         OptionError: the method does not solve layer by layer, or has no such hyperparameter.
     """
     from .. import methods as _room  # noqa: F401  (registers them)
-    from ..core.catalogue import catalogue, get_method
+    from ..core.catalogue import catalogue, get_method, hyperparameters
     from ..core.errors import OptionError
 
     record = hyperparameters(get_method(method).run)

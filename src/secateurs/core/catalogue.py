@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, is_dataclass
+from typing import Any, Literal, get_args, get_type_hints
 
 from .errors import OptionError, unknown_name
 
-__all__ = ["Method", "catalogue", "get_method", "method"]
+__all__ = ["Method", "catalogue", "get_method", "hyperparameters", "method"]
 
 Unit = Literal[
     "weight", "block", "N:M", "channel", "head", "layer", "token", "sample", "context", "face", "cell", "neuron"
@@ -56,6 +56,12 @@ class Method:
         """The record as plain JSON values."""
         function = f"{self.run.__module__}.{self.run.__qualname__}"
         return {**vars(self), "run": function, "summary": self.summary}
+
+
+def hyperparameters(run: Callable[..., Any]) -> Any:
+    """The dataclass of a method's hyperparameters, the type of its argument `options`; None if it has none."""
+    hint = get_type_hints(run).get("options")
+    return next((kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)), None)
 
 
 _METHODS: dict[str, Method] = {}

@@ -39,7 +39,7 @@ def block_batches(text: str, source: str, wanted: TextFormat, size: int, seed: i
     ids = tokenizer_of(wanted)(text, add_special_tokens=False, verbose=False)["input_ids"]
     blocks = torch.tensor(ids[: len(ids) - len(ids) % wanted.length]).view(-1, wanted.length)
     if not len(blocks):
-        raise DataError(f"{source} has {len(ids)} tokens, fewer than one block of {wanted.length}.")
+        raise DataError(f"{source} has {len(ids)} tokens, fewer than one block of {wanted.length}: give more text.")
 
     def fetch(positions: list[int]) -> dict[str, Tensor]:
         chosen = blocks[positions]
