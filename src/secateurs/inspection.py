@@ -20,9 +20,9 @@ from .core.units import ChannelGroup, WeightGroup
 from .core.wrapped import unwrapped
 from .criteria.face import check_finite, score
 from .graph.cut import AnyStructure, cut
-from .graph.depth import infer_layers
-from .graph.experts import infer_experts
+from .graph.depth.infer import infer_layers
 from .graph.infer import infer
+from .graph.mixtures.infer import infer_experts
 from .graph.structure import Frozen, Structure
 from .measure.latency import compare, layer_times
 from .measure.macs import macs_by_module

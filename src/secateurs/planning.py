@@ -25,11 +25,11 @@ from .core.units import Group, WeightGroup
 from .core.wrapped import unwrapped
 from .criteria import get_criterion, score
 from .graph.cut import AnyStructure, cut
-from .graph.depth import infer_layers
-from .graph.experts import infer_experts
+from .graph.depth.infer import infer_layers
+from .graph.depth.layers import LayerStructure
 from .graph.infer import infer
-from .graph.layers import LayerStructure
-from .graph.mixtures import ExpertStructure
+from .graph.mixtures.cut import ExpertStructure
+from .graph.mixtures.infer import infer_experts
 from .graph.plan import ModelPlan, digest
 from .graph.structure import Structure, fingerprint
 from .measure.latency import latency

@@ -16,8 +16,8 @@ from torch import nn
 from .core.batch import split
 from .deploy.runtime import LayerChoice, Runtime
 from .deploy.size import size_on_disk
-from .graph.layers import LayerStructure, original_paths
-from .graph.mixtures import ExpertStructure
+from .graph.depth.layers import LayerStructure, original_paths
+from .graph.mixtures.cut import ExpertStructure
 from .graph.plan import ModelPlan
 from .measure.latency import Latency, compare, layer_times
 from .measure.params import LayerRow, bytes_in_memory, layer_table, nonzeros, parameters

@@ -13,7 +13,7 @@ from benchmarks import pretrained
 from benchmarks.families import FAMILIES
 from secateurs.core.errors import ModelError, ProofError
 from secateurs.deploy.huggingface import save_pretrained
-from secateurs.graph.config import fit, mend_config
+from secateurs.graph.configs.config import fit, mend_config
 from secateurs.pruning import Pruned
 
 GRANULARITIES = pretrained.GRANULARITIES

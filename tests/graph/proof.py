@@ -19,7 +19,10 @@ from torch.utils._pytree import tree_map
 
 import secateurs.graph.tracing  # noqa: F401  (registers the rules)
 from secateurs.core.dims import Dim, Fixed, atoms, kept, size
-from secateurs.graph.trace import Call, Tracer, Type, base_name, bound
+from secateurs.graph.ops import base_name, bound
+from secateurs.graph.records import Type
+from secateurs.graph.trace import Call
+from secateurs.graph.tracer import Tracer
 
 __all__ = ["Recorder", "Run", "prove_op"]
 

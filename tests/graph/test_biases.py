@@ -10,8 +10,8 @@ from torch import nn
 
 from secateurs.core.units import Member
 from secateurs.graph.biases import bias_slots, with_biases
-from secateurs.graph.building import switches
-from secateurs.graph.config import fit, mend_config
+from secateurs.graph.configs.building import switches
+from secateurs.graph.configs.config import fit, mend_config
 from secateurs.graph.cut import cut, mask, prove
 from secateurs.graph.infer import infer
 from secateurs.graph.structure import Structure

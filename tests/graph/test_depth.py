@@ -21,10 +21,10 @@ from secateurs.core.depth import LayerGroup
 from secateurs.core.errors import BudgetError, ModelError, OptionError, PlanError, ProofError
 from secateurs.deploy import load_model, save_model
 from secateurs.deploy.huggingface import save_pretrained
-from secateurs.graph.depth import infer_layers
-from secateurs.graph.layers import LayerStructure, renumbered
+from secateurs.graph.depth.infer import infer_layers
+from secateurs.graph.depth.layers import LayerStructure, renumbered
+from secateurs.graph.depth.stream import Fields, passed
 from secateurs.graph.plan import ModelPlan
-from secateurs.graph.stream import Fields, passed
 from secateurs.measure.macs import macs, macs_by_module
 from secateurs.measure.params import parameters
 from tests.cli.running import run

@@ -21,8 +21,8 @@ from secateurs.criteria import score
 from secateurs.deploy.huggingface import save_pretrained
 from secateurs.deploy.store import load_model, save_model
 from secateurs.graph.cut import cut, mask, prove
-from secateurs.graph.experts import infer_experts
-from secateurs.graph.mixtures import ExpertStructure
+from secateurs.graph.mixtures.cut import ExpertStructure
+from secateurs.graph.mixtures.infer import infer_experts
 from secateurs.graph.plan import ModelPlan
 from secateurs.measure.macs import macs
 from tests.graph.mixtures import KINDS, OTHERS, WIDTH, Looped, Soft, Twice

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from secateurs.core.dims import Fixed
-from secateurs.graph.trace import RULES, rule
+from secateurs.graph.rules.registry import RULES, rule
 from tests.graph.proof import prove_op, trace
 
 aten = torch.ops.aten

@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from secateurs.core.errors import FileError, ModelError
-from secateurs.graph.templates import built, check, described, fitted, mapped
+from secateurs.graph.recorded.templates import built, check, described, fitted, mapped
 
 
 class Pair(NamedTuple):

@@ -21,8 +21,8 @@ from secateurs.core.dims import Fixed
 from secateurs.core.errors import FileError, ModelError
 from secateurs.deploy.store import load_model, save_model
 from secateurs.graph.mend import apply_edits, matching_attributes
+from secateurs.graph.recorded.traced import Step, TracedForward, traced_forward
 from secateurs.graph.run import running
-from secateurs.graph.traced import Step, TracedForward, traced_forward
 from secateurs.graph.twin import meta_twin
 
 from .nets import check, drawn

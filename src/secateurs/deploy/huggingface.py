@@ -15,7 +15,7 @@ from torch import nn
 from ..core.batch import device_of
 from ..core.errors import FileError, MissingExtraError, ModelError, ProofError
 from ..core.folder import replace
-from ..graph.config import fit
+from ..graph.configs.config import fit
 from ..graph.twin import named_tensors
 from .agreement import exporting, outputs
 

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from ..core.errors import FileError
-from ..graph.traced import TracedForward
+from ..graph.recorded.traced import TracedForward
 
 __all__ = ["is_inert", "own_class", "parametrize_again", "parametrized", "transient", "wake"]
 

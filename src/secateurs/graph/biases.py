@@ -14,7 +14,7 @@ from ..core.cost import CostModel, Monomial
 from ..core.dims import Dim, Fixed, atoms
 from ..core.units import ChannelGroup, Member
 from ..solvers.gram import solvable
-from .building import build, changed, switches
+from .configs.building import build, changed, switches
 from .structure import Structure, fingerprint
 
 __all__ = ["bias_slots", "with_biases"]

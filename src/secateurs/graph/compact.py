@@ -19,10 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from ..core.dims import kept, size
-from .fallback import install
+from .ops import base_name, bound
+from .recorded.fallback import install
+from .records import Doubted
 from .run import tensors_in
 from .structure import Structure
-from .trace import Doubted, base_name, bound
 from .twin import attention_swaps, swap_attention
 
 __all__ = ["Reference", "as_is", "on_kept", "taken"]

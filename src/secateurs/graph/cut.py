@@ -16,12 +16,12 @@ from ..core.dims import kept
 from ..core.errors import DataError, ModelError, PlanError, ProofError
 from ..core.units import Group
 from .compact import Reference, as_is, taken
-from .fallback import install
-from .layers import LayerStructure, without
+from .depth.layers import LayerStructure, without
+from .ids.numbers import renumber
 from .lengths import WeightNorm, adjusted
 from .mend import apply_edits
-from .mixtures import ExpertStructure, without_experts
-from .numbers import renumber
+from .mixtures.cut import ExpertStructure, without_experts
+from .recorded.fallback import install
 from .run import output_tensors, running
 from .structure import Structure, fingerprint
 from .twin import attention_swaps, named_tensors, swap_attention, twin

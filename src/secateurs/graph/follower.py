@@ -15,8 +15,10 @@ from torch.utils._pytree import tree_map
 
 from ..core.batch import call, device_of
 from ..core.dims import Dim, size
+from .ops import UNRECORDED, base_name, bound, numbers
+from .records import Seen, Span
 from .run import execute, running, tensors_in
-from .trace import UNRECORDED, Seen, Span, Trace, base_name, bound, numbers
+from .trace import Trace
 from .twin import unchanged
 
 __all__ = ["Misses", "follow"]

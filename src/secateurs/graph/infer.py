@@ -15,16 +15,18 @@ from ..core.cost import CostModel, Monomial, gather
 from ..core.dims import Atom, Concat, Dim, Fixed, Product, atoms, size, substitute
 from ..core.errors import unknown_name
 from ..core.units import ChannelGroup, Member
-from .embedding import settle, sizes_to_follow, with_ids
-from .fallback import install, recordings
+from .ids.rows import settle, sizes_to_follow, with_ids
+from .ids.vocabulary import Vocabulary, find_vocabulary
 from .lengths import weight_norms
 from .mend import holds, leaf_edits
+from .ops import DECISIVE
+from .recorded.fallback import install, recordings
+from .records import Seen
 from .rehearse import rehearse
 from .structure import Frozen, Structure, fingerprint
-from .trace import DECISIVE, Seen, Trace
+from .trace import Trace
 from .tracing import trace_model
 from .twin import named_tensors, twin
-from .vocabulary import Vocabulary, find_vocabulary
 
 __all__ = ["DEFAULT_KINDS", "KINDS", "infer"]
 

@@ -21,10 +21,10 @@ from ..core.units import Group, WeightGroup
 from ..core.wrapped import unwrapped
 from .biases import with_biases
 from .compact import on_kept
-from .config import mend_config
+from .configs.config import mend_config
 from .cut import AnyStructure, check_fits, cut, element_masks, mask, prove
-from .layers import LayerStructure, layer_groups, original_paths, skipped
-from .mixtures import ExpertStructure, expert_groups, never_known
+from .depth.layers import LayerStructure, layer_groups, original_paths, skipped
+from .mixtures.cut import ExpertStructure, expert_groups, never_known
 from .structure import Structure, fingerprint, long_names, short_names, substituted
 from .twin import named_tensors
 

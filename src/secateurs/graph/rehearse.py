@@ -20,8 +20,9 @@ from ..core.batch import device_of
 from ..core.dims import Atom, Concat, Dim, Fixed, Product, atoms, concat, kept, product, size, substitute
 from .follower import Misses, follow
 from .mend import apply_edits, matching_attributes
+from .records import OpRecord
 from .run import place
-from .trace import OpRecord, Trace
+from .trace import Trace
 from .twin import named_tensors, set_mode, shared_twin, twin
 
 __all__ = ["rehearse"]

@@ -13,7 +13,7 @@ from ..core.cost import CostModel
 from ..core.dims import Atom, Dim, Fixed, atoms, kept, parse, substitute
 from ..core.errors import FileError
 from ..core.units import ChannelGroup, Group, Member
-from .trace import Doubted
+from .records import Doubted
 from .twin import named_tensors
 
 __all__ = ["Frozen", "Structure", "fingerprint", "long_names", "short_names", "substituted"]

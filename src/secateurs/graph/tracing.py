@@ -16,11 +16,12 @@ from ..core.batch import call, device_of
 from ..core.errors import ModelError
 from ..core.ids import located
 from . import rules as _rules  # noqa: F401  (registers the rules)
-from .embedding import tie_heads, tracing
+from .ids.rows import tie_heads, tracing
+from .ids.vocabulary import Vocabulary
 from .run import output_tensors, place, running
-from .trace import Trace, Tracer
+from .trace import Trace
+from .tracer import Tracer
 from .twin import meta_twin, named_tensors, set_mode, shared_twin, unchanged
-from .vocabulary import Vocabulary
 
 __all__ = ["trace_model"]
 

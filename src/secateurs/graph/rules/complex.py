@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from ...core.dims import Fixed
-from ..trace import Call, Type, rule
+from ..records import Type
+from ..trace import Call
+from .registry import rule
 
 __all__: list[str] = []
 

@@ -7,8 +7,10 @@ from dataclasses import replace
 from torch import Tensor
 
 from ...core.dims import Dim, Fixed, product, size
-from ..trace import Call, Type, rule
+from ..records import Type
+from ..trace import Call
 from .pointwise import broadcast, fixed, fixed_dims, zero_on
+from .registry import rule
 
 __all__ = ["einsum"]
 

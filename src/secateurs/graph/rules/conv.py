@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from ...core.dims import product, size
-from ..trace import Call, Type, rule
+from ..records import Type
+from ..trace import Call
 from .pointwise import fixed_dims
+from .registry import rule
 
 __all__: list[str] = []
 

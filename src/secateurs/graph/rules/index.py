@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from ...core.dims import ONE, Atom, Dim, Fixed, size
-from ..trace import Call, Type, rule
+from ..records import Type
+from ..trace import Call
 from .pointwise import broadcast, fixed
+from .registry import rule
 
 __all__: list[str] = []
 

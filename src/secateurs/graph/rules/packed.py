@@ -6,7 +6,9 @@ Unpacking is made of other ops.
 from __future__ import annotations
 
 from ...core.dims import Fixed
-from ..trace import Call, Type, rule
+from ..records import Type
+from ..trace import Call
+from .registry import rule
 
 __all__: list[str] = []
 

@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from ...core.dims import ONE, Dim, Fixed, size
-from ..trace import Call, Type, rule
+from ..records import Type
+from ..trace import Call
+from .registry import rule
 
 __all__ = ["broadcast", "fixed", "pointwise"]
 

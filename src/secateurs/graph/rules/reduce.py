@@ -7,8 +7,10 @@ from dataclasses import replace
 import torch
 
 from ...core.dims import Dim, Fixed
-from ..trace import Call, Type, rule
+from ..records import Type
+from ..trace import Call
 from .pointwise import fixed
+from .registry import rule
 
 __all__: list[str] = []
 

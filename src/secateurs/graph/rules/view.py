@@ -7,8 +7,10 @@ from itertools import accumulate, pairwise
 from operator import mul
 
 from ...core.dims import Dim, Fixed, concat, product, size
-from ..trace import Call, Type, rule
+from ..records import Type
+from ..trace import Call
 from .pointwise import fixed, fixed_dims
+from .registry import rule
 
 __all__: list[str] = []
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.cost import CostModel, Monomial
-from ..core.depth import LayerGroup
-from ..core.dims import Atom
-from ..core.errors import FileError
+from ...core.cost import CostModel, Monomial
+from ...core.depth import LayerGroup
+from ...core.dims import Atom
+from ...core.errors import FileError
+from ..structure import Frozen
+from ..twin import twin
 from .stream import passed
-from .structure import Frozen
-from .twin import twin
 
 __all__ = [
     "Edits",

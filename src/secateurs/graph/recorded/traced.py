@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..core.batch import leaves
-from ..core.errors import FileError, ModelError
+from ...core.batch import leaves
+from ...core.errors import FileError, ModelError
 from .recording import Arguments, function_named, recorded
 from .templates import built, check, fitted, tag_of
 

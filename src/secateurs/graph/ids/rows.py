@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.dims import Atom, Dim, Fixed, atoms, size, substitute
-from ..core.ids import LABELS
+from ...core.dims import Atom, Dim, Fixed, atoms, size, substitute
+from ...core.ids import LABELS
+from ..structure import Structure
+from ..trace import Trace
 from .numbers import CONFIGS, special_ids, tables_of_numbers, vocabulary_sizes
-from .structure import Structure
-from .trace import Trace
 from .vocabulary import Vocabulary, aliases, ids_at
 
 __all__ = ["settle", "sizes_to_follow", "tie_heads", "tracing", "with_ids"]

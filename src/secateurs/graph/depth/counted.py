@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..twin import meta_twin
 from .layers import Edits, drop
-from .twin import meta_twin
 
 __all__ = ["config_edits", "counting_attributes", "numbering", "without_chance"]
 

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..core.cost import CostModel
-from ..core.dims import Atom, Fixed
-from ..core.errors import FileError
-from ..core.experts import ExpertGroup
-from ..core.units import Member
-from .compact import Reference, taken
-from .layers import Edits, drop, located
-from .run import tensors_in
-from .structure import Frozen, substituted
-from .trace import base_name
+from ...core.cost import CostModel
+from ...core.dims import Atom, Fixed
+from ...core.errors import FileError
+from ...core.experts import ExpertGroup
+from ...core.units import Member
+from ..compact import Reference, taken
+from ..depth.layers import Edits, drop, located
+from ..ops import base_name
+from ..run import tensors_in
+from ..structure import Frozen, substituted
 
 __all__ = ["ExpertStructure", "Mixture", "expert_groups", "never_known", "without_experts"]
 

@@ -16,21 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.batch import call, device_of, move
-from ..core.cost import CostModel, Monomial
-from ..core.dims import Atom
-from ..core.errors import ProofError
-from ..core.experts import ExpertGroup
-from ..core.units import Member
-from .compact import Reference, as_is
-from .counted import numbering
-from .cut import prove
-from .layers import original_paths
-from .mend import matching_attributes
-from .mixtures import ExpertStructure, Mixture, never_known, without_experts
-from .run import output_tensors, running
-from .structure import Frozen, fingerprint
-from .twin import named_tensors, shared_twin
+from ...core.batch import call, device_of, move
+from ...core.cost import CostModel, Monomial
+from ...core.dims import Atom
+from ...core.errors import ProofError
+from ...core.experts import ExpertGroup
+from ...core.units import Member
+from ..compact import Reference, as_is
+from ..cut import prove
+from ..depth.counted import numbering
+from ..depth.layers import original_paths
+from ..mend import matching_attributes
+from ..run import output_tensors, running
+from ..structure import Frozen, fingerprint
+from ..twin import named_tensors, shared_twin
+from .cut import ExpertStructure, Mixture, never_known, without_experts
 
 __all__ = ["infer_experts"]
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..core.batch import call, device_of, leaves
-from ..core.errors import ModelError
+from ...core.batch import call, device_of, leaves
+from ...core.errors import ModelError
+from ..run import Executing, place, running
+from ..twin import meta_twin, shared_twin
 from .recording import Arguments
-from .run import Executing, place, running
 from .traced import TracedForward, traced_forward
-from .twin import meta_twin, shared_twin
 
 __all__ = ["install", "recordings"]
 

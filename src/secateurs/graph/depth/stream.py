@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .run import Executing, tensors_in
+from ..run import Executing, tensors_in
 
 __all__ = ["Block", "Fields", "Streams", "passed"]
 

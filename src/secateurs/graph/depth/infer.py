@@ -15,18 +15,18 @@ from typing import Any
 
 from torch import nn
 
-from ..core.batch import call, device_of
-from ..core.cost import CostModel, Monomial
-from ..core.depth import LayerGroup
-from ..core.dims import Atom
-from ..core.errors import ModelError, ProofError
+from ...core.batch import call, device_of
+from ...core.cost import CostModel, Monomial
+from ...core.depth import LayerGroup
+from ...core.dims import Atom
+from ...core.errors import ModelError, ProofError
+from ..cut import prove
+from ..run import Executing, output_tensors, place, running
+from ..structure import Frozen, fingerprint
+from ..twin import meta_twin, named_tensors, shared_twin
 from .counted import config_edits, counting_attributes, numbering, without_chance
-from .cut import prove
 from .layers import Edits, LayerStructure, drop, original_paths, pass_on
-from .run import Executing, output_tensors, place, running
 from .stream import Block, Streams
-from .structure import Frozen, fingerprint
-from .twin import meta_twin, named_tensors, shared_twin
 
 __all__ = ["infer_layers"]
 

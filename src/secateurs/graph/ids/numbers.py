@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..core.dims import ONE, Atom, Dim
-from ..core.errors import PlanError
-from .mend import holder_at
+from ...core.dims import ONE, Atom, Dim
+from ...core.errors import PlanError
+from ..mend import holder_at
 
 __all__ = [
     "CONFIGS",

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from ..core.errors import FileError, ModelError
+from ...core.errors import FileError, ModelError
 
 __all__ = ["Build", "built", "check", "described", "fitted", "mapped", "tag_of"]
 

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, get_overridable_functions, resolve_name
 
-from ..core.batch import device_of, leaves
-from ..core.errors import FileError, ModelError
-from .comparing import Differs, follow_dtype, follow_training, leading_batch, merged, overlaid, training_by_name
-from .run import Executing
+from ...core.batch import device_of, leaves
+from ...core.errors import FileError, ModelError
+from ..comparing import Differs, follow_dtype, follow_training, leading_batch, merged, overlaid, training_by_name
+from ..run import Executing
+from ..twin import shared_twin
 from .templates import described, mapped
-from .twin import shared_twin
 
 __all__ = ["Arguments", "function_named", "recorded"]
 

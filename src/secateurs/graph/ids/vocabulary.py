@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..core.batch import call, device_of
-from ..core.ids import column, located
+from ...core.batch import call, device_of
+from ...core.ids import column, located
+from ..ops import COMPARES, FILLS, NEUTRAL, UNRECORDED, base_name, bound, numbers
+from ..rules.registry import MOVES, POINTS
+from ..run import execute, place, running, tensors_in
+from ..twin import meta_twin, set_mode, shared_twin, unchanged
 from .numbers import id_numbers, shuffle, shuffled, special_ids
-from .ordinal import COMPARES, FILLS, NEUTRAL
-from .run import execute, place, running, tensors_in
-from .trace import MOVES, POINTS, UNRECORDED, base_name, bound, numbers
-from .twin import meta_twin, set_mode, shared_twin, unchanged
 
 __all__ = ["Place", "Vocabulary", "aliases", "find_vocabulary", "ids_at"]
 

@@ -1,0 +1,1 @@
+"""Configs of transformers after a cut: whether one can say the result, and what is built from it."""

@@ -1,0 +1,1 @@
+"""Whole layers: which can go, what counts them, and the model without them."""

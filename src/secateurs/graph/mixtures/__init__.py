@@ -1,0 +1,1 @@
+"""Whole experts that Python walks through one by one: which can go, and the model without them."""
