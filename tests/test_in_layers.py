@@ -119,6 +119,11 @@ def test_blocks_with_more_outliers_keep_more(model: Net, data: list[Any]) -> Non
     assert float(again.masks["blocks.1.up.weight"].float().mean()) == pytest.approx(0.5 + 0.4 * 2 / 3, abs=1 / 64)
 
 
+def test_a_pattern_leaves_no_choice_of_shares(model: Net, data: list[Any]) -> None:
+    with pytest.raises(OptionError, match="2:4 leaves as much of each layer: leave allocation='owl' out"):
+        run(model, data, "2:4", allocation="owl")
+
+
 def test_a_stack_that_nothing_multiplies_stays_dense_and_is_named(model: Net, data: list[Any]) -> None:
     model.blocks[0].experts = nn.Parameter(torch.ones(4, 8, 8))
     with pytest.warns(UserWarning, match=r"blocks\.0\.experts is multiplied in no way that can be followed and stays"):

@@ -205,7 +205,7 @@ def prune_in_layers(
     clock = Clock(notes.seconds, on_stage)
     with clock("planning"):
         shares = dict(allocation_options or {})
-        if allocation == "owl" and "outliers" not in shares:
+        if allocation == "owl" and "outliers" not in shares and recipe.budget.pattern is None:
             shares["outliers"] = outliers_of_blocks(model, recipe.budget.pattern, scope, ignore, batches, seed)
         comparisons = layers_to_solve(
             model, recipe.budget, solver.within, scope, ignore, allocation, shares, stacks=True

@@ -136,7 +136,7 @@ def plan(
         scope, ignore: patterns of names of layers or parameters to prune, or to leave alone.
         floor: fewest units that stay in a group: a count, or a share. Default 10% of the channels of a group; one
             entry of a weight; no layer, but for one where nothing else is in its container.
-        round_to: kept widths are multiples of this number.
+        round_to: kept widths are multiples of this number, those of attention in channels, not in heads.
         seed: of everything random.
         keep_ids: of rows of embeddings, ids that stay, such as a tokenizer's `all_special_ids`; those in the example
             inputs, and those that the model or its config holds, do anyway.

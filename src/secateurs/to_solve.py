@@ -11,7 +11,7 @@ from torch import nn
 from .core.allocate import densities
 from .core.budget import Budget, Pattern
 from .core.comparison import Comparison, Within
-from .core.errors import BudgetError, ModelError
+from .core.errors import BudgetError, ModelError, OptionError
 from .criteria.outliers import outlier_shares
 from .solvers import block_of, blocks_of, layers_by_block, parts_of, solvable, tensor_of
 from .train.scope import divided_weights, input_axes, prunable_weights, stack_names
@@ -40,11 +40,14 @@ def layers_to_solve(
     Raises:
         BudgetError: the budget is neither one sparsity nor a pattern.
         ModelError: no block has a layer that can be solved.
-        OptionError: a pattern matches nothing, or does not divide a layer that `scope` names.
+        OptionError: a pattern matches nothing, or does not divide a layer that `scope` names; or shares of layers
+            beside a pattern, which has no choice of them.
     """
     pattern, limit = budget.pattern, budget.limit("sparsity")
     if pattern is None and (limit is None or len(budget.limits) > 1):
         raise BudgetError(f"what is solved layer by layer needs a budget such as sparsity=50% or 2:4, got {budget}.")
+    if pattern is not None and allocation != "uniform":
+        raise OptionError(f"{pattern} leaves as much of each layer: leave allocation={allocation!r} out.")
     inside = _names_to_solve(model, pattern, scope, ignore, stacks)
     if not stacks:
         _warn_of_stacks(model)

@@ -146,3 +146,18 @@ def test_parts_are_combined_per_unit() -> None:
         assert combine(parts, how).tolist() == values  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="combine must be sum"):
         combine(parts, "median")  # type: ignore[arg-type]
+
+
+def test_rounding_counts_the_channels_of_heads() -> None:
+    """Twelve heads of 16 channels in a packed projection: any number of them is a multiple of eight, not of 24."""
+    each = product(Atom("h", 12), Fixed(16))
+    members = (
+        Member("qkv.weight", 0, concat(each, each, each), 2),
+        Member("out.weight", 1, each, 2, "in"),
+        Member("table", 1, Atom("h", 12), 2),
+    )
+    heads = ChannelGroup("h", 12, "head", members)
+    assert [heads.multiple_for(width) for width in (1, 8, 24, 32, 96)] == [1, 1, 3, 2, 6]
+    assert ChannelGroup("h", 12, "channel", members).multiple_for(8) == 8
+    assert ChannelGroup("h", 12, "expert", members).multiple_for(8) == 1
+    assert ChannelGroup("h", 12, "head", members, multiple=4).multiple_for(24) == 12

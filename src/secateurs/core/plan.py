@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
@@ -19,7 +18,7 @@ from .errors import BudgetError, OptionError, PlanError
 from .experts import ExpertGroup
 from .fit import fit
 from .select import n_of_m_inputs, top
-from .units import Group, WeightGroup
+from .units import ChannelGroup, Group, WeightGroup
 
 __all__ = ["Plan", "Recipe", "Step", "decide", "pack", "unpack"]
 
@@ -38,7 +37,8 @@ class Recipe:
         granularity: what a unit is, as given by the user.
         scope, ignore: patterns of names to prune (None for all), or to leave alone.
         floor: fewest units that stay in a group: a count, or a share of the group.
-        round_to: kept counts are multiples of this, since hardware likes them; 1 for any.
+        round_to: kept widths are multiples of this, since hardware likes them; 1 for any. Of heads, as many stay as
+            make such a width.
         seed: of everything random.
         keep_ids: of rows of embeddings, ids that stay.
         unknown: of rows of embeddings, the id that stands for those that were removed; None for none.
@@ -152,7 +152,9 @@ def decide(
         costs=costs,
         sizes=sizes,
         measure=measure,
-        round_to={g.name: math.lcm(recipe.round_to, getattr(g, "multiple", 1)) for g in groups},
+        round_to={
+            g.name: g.multiple_for(recipe.round_to) if isinstance(g, ChannelGroup) else recipe.round_to for g in groups
+        },
         floors=floors,
     )
     return {name: top(scores[name], count) for name, count in counts.items()}

@@ -111,6 +111,17 @@ class ChannelGroup:
     def tensors(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(m.tensor for m in self.members))
 
+    def multiple_for(self, width: int) -> int:
+        """What kept counts must be a multiple of, so that widths are one of `width`: a head is as wide as its size.
+
+        Experts have no width.
+        """
+        if self.kind == "expert":
+            return self.multiple
+        counts = [int((self.units_along(m) >= 0).sum()) // self.size for m in self.members if self.kind == "head"]
+        each = min((count for count in counts if count > 1), default=1)
+        return math.lcm(self.multiple, width // math.gcd(width, each))
+
     def units_along(self, member: Member) -> Tensor:
         """For each position of the member's axis the unit it belongs to: int64 [axis], -1 for none."""
         return index(member.dim, self.name)
