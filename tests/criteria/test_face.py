@@ -304,3 +304,10 @@ def test_a_generator_of_batches_will_do() -> None:
     found = score("grasp", model, GROUPS["weight"], data=(batch for batch in data))
     expected = score("grasp", model, GROUPS["weight"], data=data)
     assert all(torch.equal(found[k], expected[k]) for k in found)
+
+
+@pytest.mark.parametrize("kind", ["elementwise", "unit"])
+def test_a_criterion_that_returns_nothing_is_refused(kind: Any) -> None:
+    silent = Criterion("silent", lambda model, subject: None, kind=kind)  # type: ignore[arg-type,return-value]
+    with pytest.raises(OptionError, match="criterion 'silent' returned NoneType: it must return a dict of tensors by"):
+        score(silent, ConvNet(), GROUPS["weight"])

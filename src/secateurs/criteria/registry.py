@@ -92,8 +92,17 @@ class Criterion:
         return inspect.signature(self.function).parameters
 
     def evaluate(self, model: nn.Module, subject: Sequence[Any], supplied: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The function's result for `subject` (names or groups), given of `supplied` only the keywords it can take."""
-        return self.function(model, subject, **{k: v for k, v in supplied.items() if self.accepts(k)})
+        """The function's result for `subject` (names or groups), given of `supplied` only the keywords it can take.
+
+        Raises:
+            OptionError: it returned no mapping.
+        """
+        found = self.function(model, subject, **{k: v for k, v in supplied.items() if self.accepts(k)})
+        if not isinstance(found, Mapping):
+            raise OptionError(
+                f"criterion {self.name!r} returned {type(found).__name__}: it must return a dict of tensors by name."
+            )
+        return dict(found)
 
 
 def criterion(name: str, **record: Any) -> Callable[[Function], Function]:
