@@ -595,3 +595,16 @@ def test_transformers_loads_what_is_left(name: str, tmp_path: Path) -> None:
     assert again.config.pad_token_id == made.model.config.pad_token_id
     kept = json.loads((tmp_path / "hf" / "kept_ids.json").read_text())
     assert kept == {"ids": made.plan.kept_ids().tolist()}
+
+
+def test_a_decoder_whose_output_has_other_rows_keeps_its_ids() -> None:
+    """What `generate` writes it reads again; the encoder's vocabulary is free."""
+    config = transformers.FSMTConfig(
+        langs=["en", "de"], src_vocab_size=60, tgt_vocab_size=50, d_model=16, encoder_layers=1, decoder_layers=1,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32,
+    )  # fmt: skip
+    model = transformers.FSMTForConditionalGeneration(config).eval()
+    ids = {"input_ids": torch.tensor([[5, 6, 7, 2]]), "decoder_input_ids": torch.tensor([[2, 4, 5]])}
+    structure = infer(model, ids, kinds=("embedding",))
+    assert {group.name: group.size for group in structure.groups} == {"model.encoder.embed_tokens": 60}
+    assert any("feeds back what is written as decoder_input_ids" in frozen.reason for frozen in structure.frozen)

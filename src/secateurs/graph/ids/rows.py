@@ -69,16 +69,30 @@ def _told(module: Any, method: str) -> Any:
         return None
 
 
+def _fed_back(model: nn.Module) -> str | None:
+    """The input that transformers' `generate` fills with what the model wrote; None for a model that has none."""
+    if not _told(model, "can_generate"):
+        return None
+    return "decoder_input_ids" if getattr(model.config, "is_encoder_decoder", False) else "input_ids"
+
+
 def _is_numbered(trace: Trace, dim: Dim) -> bool:
     resolved = trace.solver.resolve(dim)
     return isinstance(resolved, Atom) and resolved.name in trace.numbered()
 
 
 def settle(model: nn.Module, example_inputs: Any, trace: Trace, vocabulary: Vocabulary) -> None:
-    """Fixes what ids are positions in that is not one table, and tables all of whose rows must stay."""
+    """Fixes what ids are positions in that is not one table, and tables all of whose rows must stay.
+
+    And a table that reads what the model writes, if it writes ids of another numbering.
+    """
+    written = {atom.name for dims in trace.outputs for dim in dims for atom in atoms(trace.solver.resolve(dim))}
     for where, dim in trace.ids.items():
-        if not isinstance(trace.solver.resolve(dim), Atom):
+        atom = trace.solver.resolve(dim)
+        if not isinstance(atom, Atom):
             trace.solver.freeze(dim, f"ids of input {where} run over several tables")
+        elif _fed_back(model) in {*aliases(model, where)} and atom.name not in written:
+            trace.solver.freeze(dim, f"generate() feeds back what is written as {where}, and the output has other rows")
     for atom, stay in _staying(model, example_inputs, trace, vocabulary).items():
         if len(stay) >= atom.n:
             trace.solver.freeze(atom, _ALL_STAY)
